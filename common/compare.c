@@ -1,0 +1,74 @@
+#include "common/compare.h"
+
+#include <math.h>
+
+const kl_tolerance kl_tol_kda_f32 = {"KDA, float32", 2e-5, 1e-4, "golden data; about 170 ulps: a 64-token chunk sums 128-wide products twice"};
+const kl_tolerance kl_tol_kda_bf16 = {"KDA, bf16 operands", 6e-3, 1.5e-2, "golden data; 1.5 bf16 ulps"};
+const kl_tolerance kl_tol_kda_bf16_corr = {"KDA, bf16 operands, correlated keys", 1.5e-2, 4e-2, "golden data; the triangular system is ill-conditioned"};
+const kl_tolerance kl_tol_mla_f32 = {"MLA, float32", 2e-5, 1e-4, "same rounding as KDA: one softmax-weighted sum"};
+const kl_tolerance kl_tol_moe_f32 = {"MoE, float32", 2e-5, 1e-4, "three products in a row"};
+const kl_tolerance kl_tol_model_f32 = {"model, float32", 2e-4, 1e-3, "golden data"};
+const kl_tolerance kl_tol_model_bf16 = {"model, bf16", 2e-2, 5e-2, "golden data"};
+const kl_tolerance kl_tol_golden_bf16_grad = {"model, gradients stored as bf16", 2e-4, 5e-3, "golden data: half a bf16 ulp is 2e-3"};
+
+typedef struct norms {
+    double diff2, ref2, bad;
+} norms;
+
+static void add(norms *s, double x, double ref)
+{
+    double d = x - ref;
+    s->diff2 += d * d;
+    s->ref2 += ref * ref;
+    s->bad += 0.0 * x; /* NaN as soon as one x is not finite */
+}
+
+static double score(norms s, double floor2)
+{
+    double scale2 = s.ref2 > floor2 ? s.ref2 : floor2;
+    return sqrt(s.diff2 / (scale2 > 0.0 ? scale2 : 1.0)) + s.bad;
+}
+
+double kl_rel_err(const float *x, const double *ref, size_t n)
+{
+    norms s = {0};
+    for (size_t i = 0; i < n; i++)
+        add(&s, x[i], ref[i]);
+    return score(s, 0.0);
+}
+
+double kl_rel_err_f32(const float *x, const float *ref, size_t n)
+{
+    norms s = {0};
+    for (size_t i = 0; i < n; i++)
+        add(&s, x[i], ref[i]);
+    return score(s, 0.0);
+}
+
+double kl_rel_err_blocks(const float *x, const double *ref, size_t T, size_t H, size_t D, size_t window)
+{
+    if (T == 0 || H == 0 || D == 0)
+        return 0.0;
+    if (window == 0)
+        window = T;
+    norms whole = {0};
+    for (size_t i = 0; i < T * H * D; i++)
+        add(&whole, x[i], ref[i]);
+    double blocks = (double)(((T + window - 1) / window) * H);
+    double floor2 = 0.05 * 0.05 * whole.ref2 / blocks;
+    double worst = 0.0;
+    for (size_t h = 0; h < H; h++) {
+        for (size_t t0 = 0; t0 < T; t0 += window) {
+            norms s = {0};
+            for (size_t t = t0; t < T && t < t0 + window; t++)
+                for (size_t d = 0; d < D; d++)
+                    add(&s, x[(t * H + h) * D + d], ref[(t * H + h) * D + d]);
+            double e = score(s, floor2);
+            if (!(e <= worst))
+                worst = e;
+            if (isnan(worst))
+                return worst;
+        }
+    }
+    return worst;
+}

@@ -1,0 +1,31 @@
+#include "common/context.h"
+
+#include <omp.h>
+#include <stdlib.h>
+
+#include "common/blas.h"
+#include "common/gpu.h"
+
+kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
+{
+    KL_REQUIRE(out, "ctx: expected a place for the context, got NULL");
+    *out = NULL;
+    kl_ctx_options o = options ? *options : (kl_ctx_options){0};
+    KL_REQUIRE(o.device == KL_CPU || o.device == KL_CUDA, "device: expected cpu or cuda, got %d", (int)o.device);
+    KL_REQUIRE(o.threads >= 0 && o.threads <= 4096, "threads: expected 0 (all) to 4096, got %d", o.threads);
+    if (o.device == KL_CUDA)
+        KL_TRY(kl_gpu_check(o.device_index));
+    kl_ctx *ctx = calloc(1, sizeof *ctx);
+    if (!ctx)
+        return kl_error(KL_ENOMEM, "context: out of memory");
+    ctx->device = o.device;
+    ctx->device_index = o.device_index;
+    ctx->threads = o.threads ? o.threads : omp_get_max_threads();
+    kl_blas_single_threaded();
+    *out = ctx;
+    return kl_ok();
+}
+
+void kl_ctx_destroy(kl_ctx *ctx) { free(ctx); }
+
+const char *kl_device_name(kl_device device) { return device == KL_CUDA ? "cuda" : "cpu"; }

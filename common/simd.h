@@ -1,0 +1,97 @@
+/* Sixteen floats at a time in the compiler's own vector type: one zmm register with AVX-512, two ymm
+ * with AVX2, four xmm with SSE2, from the same source. */
+#ifndef KL_COMMON_SIMD_H
+#define KL_COMMON_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "common/dtype.h"
+
+typedef float kl_v __attribute__((vector_size(64)));
+typedef int32_t kl_vi __attribute__((vector_size(64)));
+typedef uint16_t kl_vh __attribute__((vector_size(32)));
+typedef uint32_t kl_vu __attribute__((vector_size(64)));
+typedef float kl_v_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t kl_vh_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
+
+enum { KL_LANES = 16 };
+
+static inline kl_v kl_vload(const float *p) { return *(const kl_v_unaligned *)p; }
+static inline void kl_vstore(float *p, kl_v x) { *(kl_v_unaligned *)p = x; }
+static inline kl_v kl_vset(float x) { return x - (kl_v){0}; }
+
+/* The first n < 16 floats; the others read as 0 and are never touched in memory. */
+static inline kl_v kl_vload_n(const float *p, int64_t n)
+{
+    kl_v x = {0};
+    memcpy(&x, p, (size_t)n * sizeof(float));
+    return x;
+}
+static inline void kl_vstore_n(float *p, kl_v x, int64_t n) { memcpy(p, &x, (size_t)n * sizeof(float)); }
+
+static inline kl_v kl_vload_bf16(const uint16_t *p)
+{
+    kl_vu bits = __builtin_convertvector(*(const kl_vh_unaligned *)p, kl_vu) << 16;
+    return (kl_v)bits;
+}
+
+static inline kl_v kl_vmax(kl_v a, kl_v b)
+{
+    kl_vi pick = a > b;
+    return (kl_v)(((kl_vi)a & pick) | ((kl_vi)b & ~pick));
+}
+static inline kl_v kl_vmin(kl_v a, kl_v b)
+{
+    kl_vi pick = a < b;
+    return (kl_v)(((kl_vi)a & pick) | ((kl_vi)b & ~pick));
+}
+
+/* Pairwise, in a fixed order. */
+static inline float kl_vsum(kl_v x)
+{
+    float lane[KL_LANES];
+    memcpy(lane, &x, sizeof lane);
+    for (int width = KL_LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            lane[i] += lane[i + width];
+    return lane[0];
+}
+static inline float kl_vmax_lane(kl_v x)
+{
+    float lane[KL_LANES];
+    memcpy(lane, &x, sizeof lane);
+    for (int width = KL_LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+}
+
+/* e^x within 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 polynomial, then scale by 2^n in two
+ * halves. Below -104 the result is 0, above 88.7 infinity; NaN stays NaN. */
+static inline kl_v kl_vexp(kl_v x)
+{
+    kl_v clamped = kl_vmin(kl_vmax(x, kl_vset(-104.0f)), kl_vset(89.0f));
+    kl_v shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
+    kl_v n = shifted - 12582912.0f;
+    kl_v r = clamped - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    kl_v p = kl_vset(1.38888889e-3f);
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    kl_vi e = __builtin_convertvector(n, kl_vi);
+    kl_vi half = e >> 1;
+    kl_v low = (kl_v)((half + 127) << 23), high = (kl_v)((e - half + 127) << 23);
+    kl_v y = p * low * high;
+    kl_vi under = x < -104.0f, nan = x != x;
+    kl_vi bits = (kl_vi)y & ~under;
+    return (kl_v)((bits & ~nan) | ((kl_vi)x & nan));
+}
+
+static inline kl_v kl_vsigmoid(kl_v x) { return 1.0f / (1.0f + kl_vexp(-x)); }
+
+#endif

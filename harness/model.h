@@ -1,0 +1,50 @@
+/* The whole model: embedding, layers, final norm, head; forward, loss and backward. One copy for every
+ * device and for training and generation alike: it speaks to the kernels through kl_ops. */
+#ifndef KL_HARNESS_MODEL_H
+#define KL_HARNESS_MODEL_H
+
+#include "harness/cache.h"
+#include "harness/ops.h"
+#include "harness/weights.h"
+
+typedef struct kl_model {
+    kl_ctx *ctx;
+    const kl_ops *ops;
+    kl_config config;
+    kl_weights weights;
+    const char *kda_variant, *mla_variant, *moe_variant; /* pinned by name, or NULL: dispatch by shape */
+    void *workspace;          /* grows between calls, never inside a kernel call */
+    size_t workspace_bytes;
+} kl_model;
+
+kl_status kl_model_open(kl_model **m, kl_ctx *ctx, const char *dir);                       /* maps a checkpoint */
+kl_status kl_model_random(kl_model **m, kl_ctx *ctx, const kl_config *c, uint64_t seed);   /* owned float weights */
+void kl_model_close(kl_model *m);
+
+/* N packed sequences: tokens cu[n] .. cu[n+1]-1 of ids. With a cache, sequence n continues slot[n] (all distinct) and
+ * its length grows; without, it starts from nothing. */
+typedef struct kl_batch {
+    int64_t N;
+    const int64_t *cu;        /* [N+1] */
+    const int32_t *ids;       /* [cu[N]], each in [0, vocab) */
+    const int64_t *slot;      /* [N]; NULL: n */
+} kl_batch;
+
+/* What is wanted back; all optional. */
+typedef struct kl_outputs {
+    float *logits;            /* [cu[N],vocab], or [N,vocab] with last_only */
+    bool last_only;           /* logits of each sequence's last token only; an empty sequence leaves its row alone */
+    float **hidden;           /* [layers+1] -> [cu[N],D]: embeddings, the stream after each layer, the last one after the final norm */
+} kl_outputs;
+
+/* Refuses ids outside the vocabulary, a sequence beyond the cache's capacity or the model's max_length, by name.
+ * The cache is untouched when the arguments are refused. */
+kl_status kl_model_forward(kl_model *m, const kl_batch *batch, kl_cache *cache, const kl_outputs *out);
+
+/* Mean cross-entropy over targets >= 0 (targets [cu[N]], -1: not counted) and, when grads is not NULL, its gradient
+ * times grad_scale added to grads (float, shaped like the weights). Activations are recomputed layer by layer where that
+ * saves memory. *tokens: how many targets counted. */
+kl_status kl_model_loss(kl_model *m, const kl_batch *batch, const int32_t *targets, double *loss, int64_t *tokens,
+                        kl_weights *grads, float grad_scale);
+
+#endif

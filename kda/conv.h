@@ -1,0 +1,47 @@
+/* Depthwise causal short convolution with carried tail, optionally followed by SiLU:
+ *
+ *     z[t,d] = sum_{j<W} weight[d,j] x[t-W+1+j,d];   y = z sigmoid(z) or z
+ *
+ * where x before the first token of a sequence comes from its tail (zero without one). */
+#ifndef KL_KDA_CONV_H
+#define KL_KDA_CONV_H
+
+#include "common/context.h"
+#include "common/dtype.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct kda_conv_problem {
+    int64_t B, T, N;            /* as in kda_problem */
+    const int64_t *cu_seqlens;  /* [N+1] or NULL */
+    int64_t D, W;               /* channels; taps, 1..16 */
+    bool silu;
+    const float *x;             /* [B,T,D], x_stride floats from token to token (0: D) */
+    int64_t x_stride;
+    const void *weight;         /* [D,W] */
+    kl_dtype weight_dtype;      /* F32, BF16, F16 */
+    float *y;                   /* [B,T,D], y_stride; never x */
+    int64_t y_stride;
+    const float *tail_in;       /* [N or pool,D,W-1], oldest first; NULL: zero */
+    float *tail_out;            /* same; NULL: not wanted; may be tail_in */
+    const int64_t *state_index; /* [N] slots of the pool; NULL: n */
+} kda_conv_problem;
+
+typedef struct kda_conv_grads {
+    const float *dy;            /* [B,T,D], y_stride */
+    const float *dtail_out;     /* [N,D,W-1] or NULL */
+    float *dx;                  /* [B,T,D], x_stride; overwritten */
+    float *dweight;             /* [D,W] float; accumulated; NULL: not wanted */
+    float *dtail_in;            /* [N,D,W-1]; overwritten; NULL: not wanted */
+} kda_conv_grads;
+
+kl_status kda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p);
+/* Recomputes z from x: nothing is kept from the forward pass. Needs no workspace. */
+kl_status kda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

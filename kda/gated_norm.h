@@ -1,0 +1,40 @@
+/* RMSNorm over each head of the KDA output, then weight and output gate:
+ *
+ *     y = x rsqrt(mean x^2 + eps) (.) weight (.) act(gate),   act: sigmoid, swish z sigmoid(z), or none */
+#ifndef KL_KDA_GATED_NORM_H
+#define KL_KDA_GATED_NORM_H
+
+#include "common/context.h"
+#include "common/dtype.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum kda_output_gate { KDA_OUT_SIGMOID = 0, KDA_OUT_SWISH, KDA_OUT_NONE } kda_output_gate;
+
+typedef struct kda_gated_norm_problem {
+    int64_t rows;          /* tokens times heads */
+    int64_t V;
+    kda_output_gate gate_kind;
+    float eps;
+    const float *x, *gate; /* [rows,V]; gate NULL with KDA_OUT_NONE */
+    const void *weight;    /* [V] */
+    kl_dtype weight_dtype;
+    float *y;              /* [rows,V]; may be x */
+} kda_gated_norm_problem;
+
+typedef struct kda_gated_norm_grads {
+    const float *dy;
+    float *dx, *dgate;     /* [rows,V]; overwritten; dx may be dy; dgate NULL with KDA_OUT_NONE */
+    float *dweight;        /* [V]; accumulated; NULL: not wanted */
+} kda_gated_norm_grads;
+
+kl_status kda_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p);
+/* p->x must be the forward input, so a forward in place cannot be differentiated. */
+kl_status kda_gated_norm_backward(kl_ctx *ctx, const kda_gated_norm_problem *p, const kda_gated_norm_grads *g);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
