@@ -1,0 +1,103 @@
+/* Random numbers and central finite differences for the tests of backward passes, in double. */
+#ifndef TESTS_FD_H
+#define TESTS_FD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* ---- random numbers: splitmix64; SEED=n in the environment chooses another sequence ---- */
+
+typedef struct {
+    uint64_t state;
+} fd_rng;
+
+static inline uint64_t fd_seed(void)
+{
+    const char *seed = getenv("SEED");
+    return seed ? strtoull(seed, NULL, 10) : 1;
+}
+
+static inline uint64_t fd_u64(fd_rng *r)
+{
+    uint64_t z = r->state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* uniform in [low, high) */
+static inline double fd_uniform(fd_rng *r, double low, double high)
+{
+    return low + (high - low) * (double)(fd_u64(r) >> 11) * 0x1p-53;
+}
+
+static inline double fd_normal(fd_rng *r)
+{
+    double u = fd_uniform(r, 0x1p-53, 1), v = fd_uniform(r, 0, 1);
+    return sqrt(-2 * log(u)) * cos(2 * 3.14159265358979323846 * v);
+}
+
+/* n independent normal numbers times scale; free() it. */
+static inline double *fd_randoms(fd_rng *r, int64_t n, double scale)
+{
+    double *x = malloc((size_t)(n + 1) * sizeof *x);
+    for (int64_t i = 0; i < n; i++)
+        x[i] = scale * fd_normal(r);
+    return x;
+}
+
+static inline double *fd_zeros(int64_t n)
+{
+    return calloc((size_t)(n + 1), sizeof(double));
+}
+
+/* ---- comparisons; every one of them is false, or infinite, when a NaN takes part ---- */
+
+/* ||x - y|| / ||y||, or ||x|| when y = 0 */
+static inline double fd_distance(int64_t n, const double *x, const double *y)
+{
+    double difference = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        difference += (x[i] - y[i]) * (x[i] - y[i]);
+        norm += y[i] * y[i];
+    }
+    double d = norm > 0 ? sqrt(difference / norm) : sqrt(difference);
+    return d == d ? d : INFINITY;
+}
+
+/* ---- finite differences ---- */
+
+typedef double (*fd_loss)(void *context);
+
+/* d loss / d *x by the five-point rule, whose error is of order h^4. */
+static inline double fd_derivative(double *x, double h, fd_loss loss, void *context)
+{
+    double at = *x, d = 0;
+    *x = at + h;     d += 8 * loss(context);
+    *x = at - h;     d -= 8 * loss(context);
+    *x = at + 2 * h; d -= loss(context);
+    *x = at - 2 * h; d += loss(context);
+    *x = at;
+    return d / (12 * h);
+}
+
+/* The largest |dx[i] - finite difference| over at most `probes` entries of x [n], divided by the largest finite difference met
+ * (or by `floor`, the size below which a gradient counts as zero). h = 1e-3, so that with losses of order 1 the rounding error is
+ * about 1e-16 / 1e-3 and the truncation error about 1e-12. */
+static inline double fd_error(double *x, const double *dx, int64_t n, int64_t probes, double floor, fd_loss loss, void *context)
+{
+    double worst = 0, largest = floor;
+    int64_t stride = n > probes ? n / probes : 1;
+    for (int64_t i = 0; i < n; i += stride) {
+        double d = fd_derivative(x + i, 1e-3, loss, context);
+        if (!isfinite(d) || !isfinite(dx[i]))
+            return INFINITY;
+        worst = fmax(worst, fabs(dx[i] - d));
+        largest = fmax(largest, fabs(d));
+    }
+    return worst / largest;
+}
+
+#endif
