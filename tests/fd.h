@@ -1,4 +1,4 @@
-/* Random numbers and central finite differences for the tests of backward passes, in double. */
+/* Random numbers, central finite differences and assertions for the tests of backward passes, in double. Include cmocka.h first. */
 #ifndef TESTS_FD_H
 #define TESTS_FD_H
 
@@ -98,6 +98,36 @@ static inline double fd_error(double *x, const double *dx, int64_t n, int64_t pr
         largest = fmax(largest, fabs(d));
     }
     return worst / largest;
+}
+
+/* ---- for test functions ---- */
+
+/* Prints what is tested and from which seed. */
+static inline fd_rng fd_start(const char *test)
+{
+    printf("%s: SEED=%llu\n", test, (unsigned long long)fd_seed());
+    return (fd_rng){ fd_seed() };
+}
+
+static inline void fd_assert_close(const char *what, int64_t n, const double *x, const double *y, double limit)
+{
+    double distance = fd_distance(n, x, y);
+    if (!(distance <= limit))
+        fail_msg("%s: distance %.3g, limit %.3g", what, distance, limit);
+}
+
+/* Errors seen are about 1e-11; a wrong term shows at 1e-3 and above. Gradients below the floor count as zero. */
+#define FD_LIMIT 1e-8
+#define FD_FLOOR 1e-2
+
+/* Probes up to 40 entries of x [n] against dx; returns the error. */
+static inline double fd_assert_gradient(const char *label, const char *name, double *x, const double *dx, int64_t n, fd_loss loss,
+                                        void *context)
+{
+    double error = fd_error(x, dx, n, 40, FD_FLOOR, loss, context);
+    if (!(error <= FD_LIMIT))
+        fail_msg("%s: d%s: finite differences disagree by %.3g, limit %.3g", label, name, error, FD_LIMIT);
+    return error;
 }
 
 #endif

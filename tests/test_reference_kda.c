@@ -11,8 +11,6 @@
 
 /* The golden data are float32 roundings of float64 results: every element may be off by 2^-24 of itself, and in double nothing else is lost. */
 static const double GOLDEN_LIMIT = 6e-8;
-/* Finite differences: see fd_error. */
-static const double FD_LIMIT = 1e-8, FD_FLOOR = 1e-2;
 /* Two orders of summation of the same numbers in double. */
 static const double SAME_LIMIT = 1e-12;
 
@@ -72,12 +70,6 @@ static void free_case(kda_case *c)
         free(all[n]);
 }
 
-static fd_rng start(const char *test)
-{
-    printf("%s: SEED=%llu\n", test, (unsigned long long)fd_seed());
-    return (fd_rng){ fd_seed() };
-}
-
 /* <o, d_o> + <ht, dht>, an absent upstream gradient counting as zero */
 static double kda_loss(void *context)
 {
@@ -89,21 +81,6 @@ static double kda_loss(void *context)
     if (c->d.dht)
         loss += ref_dot(elements_h(&c->p), c->ht, c->dht);
     return loss;
-}
-
-static void assert_close(const char *what, int64_t n, const real *x, const real *y, double limit)
-{
-    double distance = fd_distance(n, x, y);
-    if (!(distance <= limit))
-        fail_msg("%s: distance %.3g, limit %.3g", what, distance, limit);
-}
-
-static double assert_gradient(const char *label, const char *name, real *x, const real *dx, int64_t n, fd_loss loss, void *context)
-{
-    double error = fd_error(x, dx, n, 40, FD_FLOOR, loss, context);
-    if (!(error <= FD_LIMIT))
-        fail_msg("%s: d%s: finite differences disagree by %.3g, limit %.3g", label, name, error, FD_LIMIT);
-    return error;
 }
 
 /* ---- golden data ---- */
@@ -175,7 +152,7 @@ static void check_kda_gradients(fd_rng *r, const char *label, ref_kda p, int wit
         { "dt_bias", c.dt_bias, c.d.ddt_bias, p.HV * p.G }, { "h0", c.h0, c.d.dh0, with_h0 ? elements_h(&p) : 0 },
     };
     for (size_t n = 0; n < sizeof all / sizeof *all; n++)
-        worst = fmax(worst, assert_gradient(label, all[n].name, all[n].x, all[n].dx, all[n].n, kda_loss, &c));
+        worst = fmax(worst, fd_assert_gradient(label, all[n].name, all[n].x, all[n].dx, all[n].n, kda_loss, &c));
     printf("  %-40s %.1e\n", label, worst);
     free_case(&c);
 }
@@ -183,7 +160,7 @@ static void check_kda_gradients(fd_rng *r, const char *label, ref_kda p, int wit
 static void test_kda_gradients(void **state)
 {
     (void)state;
-    fd_rng r = start("KDA backward against finite differences");
+    fd_rng r = fd_start("KDA backward against finite differences");
     ref_kda base = { .T = 5, .H = 2, .HV = 2, .K = 6, .V = 3, .G = 6 }, p = base;
     check_kda_gradients(&r, "log gate, channel", p, 1, 1, 1);
     check_kda_gradients(&r, "without d_o", p, 0, 1, 1);
@@ -217,7 +194,7 @@ static void test_kda_gradients(void **state)
 static void test_kda_options_equal_their_formulas(void **state)
 {
     (void)state;
-    fd_rng r = start("gates, l2norm and beta inside = outside");
+    fd_rng r = fd_start("gates, l2norm and beta inside = outside");
     for (int gate = 0; gate < 3; gate++) {
         ref_kda p = { .T = 9, .H = 1, .HV = 2, .K = 8, .V = 5, .G = 4, .gate = (ref_gate_kind)gate, .lower_bound = -5,
                       .qk_l2norm = 1, .beta_kind = REF_BETA_TWICE_SIGMOID };
@@ -240,8 +217,8 @@ static void test_kda_options_equal_their_formulas(void **state)
                 plain.k[t * 8 + e] = c.k[t * 8 + e] / sqrt(ref_dot(8, c.k + t * 8, c.k + t * 8) + 1e-6);
             }
         kda_loss(&plain);
-        assert_close("o", elements_v(&p), c.o, plain.o, SAME_LIMIT);
-        assert_close("ht", elements_h(&p), c.ht, plain.ht, SAME_LIMIT);
+        fd_assert_close("o", elements_v(&p), c.o, plain.o, SAME_LIMIT);
+        fd_assert_close("ht", elements_h(&p), c.ht, plain.ht, SAME_LIMIT);
         free_case(&c);
         free_case(&plain);
     }
@@ -264,7 +241,7 @@ static void test_softplus_is_linear_above_20(void **state)
 static void test_granularities_agree(void **state)
 {
     (void)state;
-    fd_rng r = start("block, head and no gate = channel gates with repeated values");
+    fd_rng r = fd_start("block, head and no gate = channel gates with repeated values");
     const int64_t granularity[] = { 4, 2, 1, 0 }, K = 8;
     for (int n = 0; n < 4; n++) {
         int64_t G = granularity[n];
@@ -283,9 +260,9 @@ static void test_granularities_agree(void **state)
         assert_int_equal(ref_kda_backward(&channel.p, &channel.d), 0);
         for (int64_t e = 0; e < elements_g(&channel.p) && G; e++)
             summed[e / K * G + e % K * G / K] += channel.d.dg[e];
-        assert_close("o", elements_v(&c.p), c.o, channel.o, SAME_LIMIT);
-        assert_close("dk", elements_qk(&c.p), c.d.dk, channel.d.dk, SAME_LIMIT);
-        assert_close("dg", elements_g(&c.p), c.d.dg, summed, SAME_LIMIT);
+        fd_assert_close("o", elements_v(&c.p), c.o, channel.o, SAME_LIMIT);
+        fd_assert_close("dk", elements_qk(&c.p), c.d.dk, channel.d.dk, SAME_LIMIT);
+        fd_assert_close("dg", elements_g(&c.p), c.d.dg, summed, SAME_LIMIT);
         free(summed);
         free_case(&c);
         free_case(&channel);
@@ -295,7 +272,7 @@ static void test_granularities_agree(void **state)
 static void test_value_heads_share_query_heads(void **state)
 {
     (void)state;
-    fd_rng r = start("HV > H = the query/key heads repeated");
+    fd_rng r = fd_start("HV > H = the query/key heads repeated");
     ref_kda p = { .T = 6, .H = 2, .HV = 6, .K = 5, .V = 4, .G = 5 };
     kda_case c = make_case(&r, p);
     p.H = 6;
@@ -314,8 +291,8 @@ static void test_value_heads_share_query_heads(void **state)
     assert_int_equal(ref_kda_backward(&repeated.p, &repeated.d), 0);
     for (int64_t e = 0; e < elements_qk(&repeated.p); e++)
         dq[(e / 30 * 2 + e / 5 % 6 / 3) * 5 + e % 5] += repeated.d.dq[e];
-    assert_close("o", elements_v(&p), c.o, repeated.o, 0);
-    assert_close("dq", elements_qk(&c.p), c.d.dq, dq, SAME_LIMIT);
+    fd_assert_close("o", elements_v(&p), c.o, repeated.o, 0);
+    fd_assert_close("dq", elements_qk(&c.p), c.d.dq, dq, SAME_LIMIT);
     free(dq);
     free_case(&c);
     free_case(&repeated);
@@ -349,7 +326,7 @@ static ref_kda_grad piece_grad(const kda_case *c, int64_t first, const real *dht
 static void test_split_anywhere(void **state)
 {
     (void)state;
-    fd_rng r = start("split anywhere");
+    fd_rng r = fd_start("split anywhere");
     ref_kda p = { .T = 70, .H = 1, .HV = 2, .K = 6, .V = 4, .G = 6, .gate = REF_GATE_SOFTPLUS, .qk_l2norm = 1, .beta_kind = REF_BETA_SIGMOID };
     for (int64_t s = 0; s <= 70; s += 7) {
         kda_case c = make_case(&r, p);
@@ -369,12 +346,12 @@ static void test_split_anywhere(void **state)
         assert_int_equal(ref_kda_backward(&tail, &dtail), 0);
         assert_int_equal(ref_kda_backward(&head, &dhead), 0);
 
-        assert_close("o", elements_v(&p), o, c.o, 0);
-        assert_close("ht", elements_h(&p), ht, c.ht, 0);
-        assert_close("dq", elements_qk(&p), two.d.dq, c.d.dq, SAME_LIMIT);
-        assert_close("dg", elements_g(&p), two.d.dg, c.d.dg, SAME_LIMIT);
-        assert_close("dA_log", p.HV, two.d.dA_log, c.d.dA_log, SAME_LIMIT);
-        assert_close("dh0", elements_h(&p), dh0, c.d.dh0, SAME_LIMIT);
+        fd_assert_close("o", elements_v(&p), o, c.o, 0);
+        fd_assert_close("ht", elements_h(&p), ht, c.ht, 0);
+        fd_assert_close("dq", elements_qk(&p), two.d.dq, c.d.dq, SAME_LIMIT);
+        fd_assert_close("dg", elements_g(&p), two.d.dg, c.d.dg, SAME_LIMIT);
+        fd_assert_close("dA_log", p.HV, two.d.dA_log, c.d.dA_log, SAME_LIMIT);
+        fd_assert_close("dh0", elements_h(&p), dh0, c.d.dh0, SAME_LIMIT);
         real *owned[] = { o, middle, ht, dmiddle, dh0, two.d.dq, two.d.dk, two.d.dv, two.d.dg, two.d.dbeta, two.d.dA_log, two.d.ddt_bias };
         for (size_t n = 0; n < sizeof owned / sizeof *owned; n++)
             free(owned[n]);
@@ -385,7 +362,7 @@ static void test_split_anywhere(void **state)
 static void test_states_after_every_token(void **state)
 {
     (void)state;
-    fd_rng r = start("states after every token");
+    fd_rng r = fd_start("states after every token");
     kda_case c = make_case(&r, (ref_kda){ .T = 5, .H = 1, .HV = 2, .K = 3, .V = 4, .G = 3 });
     int64_t size = elements_h(&c.p);
     real *states = fd_zeros(5 * size), *S = fd_zeros(size);
@@ -394,7 +371,7 @@ static void test_states_after_every_token(void **state)
     for (int64_t t = 0; t < 5; t++) {
         ref_kda one = piece(&c, t, t + 1, S);
         assert_int_equal(ref_kda_forward(&one, NULL, S, NULL), 0); /* in place */
-        assert_close("state", size, states + t * size, S, 0);
+        fd_assert_close("state", size, states + t * size, S, 0);
     }
     free(states);
     free(S);
@@ -404,14 +381,14 @@ static void test_states_after_every_token(void **state)
 static void test_no_tokens(void **state)
 {
     (void)state;
-    fd_rng r = start("T = 0");
+    fd_rng r = fd_start("T = 0");
     kda_case c = make_case(&r, (ref_kda){ .T = 0, .H = 1, .HV = 2, .K = 3, .V = 4, .G = 3 });
     for (int64_t n = 0; n < elements_h(&c.p); n++)
         c.ht[n] = NAN;
     assert_int_equal(ref_kda_forward(&c.p, NULL, c.ht, NULL), 0);
     assert_int_equal(ref_kda_backward(&c.p, &c.d), 0);
-    assert_close("ht", elements_h(&c.p), c.ht, c.h0, 0);
-    assert_close("dh0", elements_h(&c.p), c.d.dh0, c.dht, 0);
+    fd_assert_close("ht", elements_h(&c.p), c.ht, c.h0, 0);
+    fd_assert_close("dh0", elements_h(&c.p), c.d.dh0, c.dht, 0);
     free_case(&c);
 }
 
@@ -419,17 +396,17 @@ static void test_no_tokens(void **state)
 static void test_gradients_accumulate(void **state)
 {
     (void)state;
-    fd_rng r = start("gradients accumulate, NULL is not wanted");
+    fd_rng r = fd_start("gradients accumulate, NULL is not wanted");
     kda_case c = make_case(&r, (ref_kda){ .T = 4, .H = 1, .HV = 1, .K = 3, .V = 2, .G = 3, .gate = REF_GATE_SOFTPLUS, .qk_l2norm = 1 });
     assert_int_equal(ref_kda_backward(&c.p, &c.d), 0);
     real *once = fd_zeros(elements_qk(&c.p));
     ref_kda_grad only_dk = { .d_o = c.d_o, .dht = c.dht, .dk = once };
     assert_int_equal(ref_kda_backward(&c.p, &only_dk), 0);
-    assert_close("dk alone", elements_qk(&c.p), once, c.d.dk, 0);
+    fd_assert_close("dk alone", elements_qk(&c.p), once, c.d.dk, 0);
     assert_int_equal(ref_kda_backward(&c.p, &c.d), 0);
     for (int64_t n = 0; n < elements_qk(&c.p); n++)
         once[n] *= 2;
-    assert_close("dk twice", elements_qk(&c.p), c.d.dk, once, SAME_LIMIT);
+    fd_assert_close("dk twice", elements_qk(&c.p), c.d.dk, once, SAME_LIMIT);
     free(once);
     free_case(&c);
 }
@@ -438,7 +415,7 @@ static void test_gradients_accumulate(void **state)
 static void test_forgetting_everything(void **state)
 {
     (void)state;
-    fd_rng r = start("gates of -1000");
+    fd_rng r = fd_start("gates of -1000");
     kda_case c = make_case(&r, (ref_kda){ .T = 5, .H = 1, .HV = 1, .K = 4, .V = 3, .G = 4 });
     for (int64_t n = 4 * 4; n < 5 * 4; n++)
         c.g[n] = -1000;
@@ -446,7 +423,7 @@ static void test_forgetting_everything(void **state)
     ref_kda last = piece(&c, 4, 5, NULL);
     real o[3];
     assert_int_equal(ref_kda_forward(&last, o, NULL, NULL), 0);
-    assert_close("o", 3, c.o + 4 * 3, o, 0);
+    fd_assert_close("o", 3, c.o + 4 * 3, o, 0);
     assert_int_equal(ref_kda_backward(&c.p, &c.d), 0);
     for (int64_t n = 0; n < elements_g(&c.p); n++)
         assert_true(isfinite(c.d.dg[n]));
@@ -508,12 +485,12 @@ static double dplr_loss(void *context)
 static void test_dplr_gradients(void **state)
 {
     (void)state;
-    fd_rng r = start("DPLR backward against finite differences");
+    fd_rng r = fd_start("DPLR backward against finite differences");
     dplr_case c = make_dplr(&r, (ref_dplr){ .T = 6, .H = 2, .K = 5, .V = 3 });
     ref_dplr_grad d = dplr_grad(&c);
     assert_int_equal(ref_dplr_backward(&c.p, &d), 0);
     for (int i = 0; i < 7; i++)
-        assert_gradient("DPLR", dplr_names[i], c.in[i], c.grad[i], c.n[i], dplr_loss, &c);
+        fd_assert_gradient("DPLR", dplr_names[i], c.in[i], c.grad[i], c.n[i], dplr_loss, &c);
     free_dplr(&c);
 }
 
@@ -521,7 +498,7 @@ static void test_dplr_gradients(void **state)
 static void test_kda_is_a_dplr(void **state)
 {
     (void)state;
-    fd_rng r = start("KDA = DPLR with a = k e^g, b = -beta k, k' = beta k");
+    fd_rng r = fd_start("KDA = DPLR with a = k e^g, b = -beta k, k' = beta k");
     ref_kda p = { .T = 20, .H = 2, .HV = 2, .K = 6, .V = 4, .G = 6 };
     kda_case c = make_case(&r, p);
     dplr_case d = make_dplr(&r, (ref_dplr){ .T = 20, .H = 2, .K = 6, .V = 4 });
@@ -534,8 +511,8 @@ static void test_kda_is_a_dplr(void **state)
     }
     kda_loss(&c);
     assert_int_equal(ref_dplr_forward(&d.p, d.o, d.ht), 0);
-    assert_close("o", elements_v(&p), d.o, c.o, SAME_LIMIT);
-    assert_close("ht", elements_h(&p), d.ht, c.ht, SAME_LIMIT);
+    fd_assert_close("o", elements_v(&p), d.o, c.o, SAME_LIMIT);
+    fd_assert_close("ht", elements_h(&p), d.ht, c.ht, SAME_LIMIT);
 
     ref_dplr_grad grad = dplr_grad(&d);
     grad.d_o = c.d_o, grad.dht = c.dht;
@@ -548,12 +525,12 @@ static void test_kda_is_a_dplr(void **state)
         dg[e] = grad.dg[e] + c.k[e] * decay * grad.da[e];
         dbeta[e / 6] += c.k[e] * (grad.dk[e] - grad.db[e]);
     }
-    assert_close("dq", elements_qk(&p), grad.dq, c.d.dq, SAME_LIMIT);
-    assert_close("dk", elements_qk(&p), dk, c.d.dk, SAME_LIMIT);
-    assert_close("dv", elements_v(&p), grad.dv, c.d.dv, SAME_LIMIT);
-    assert_close("dg", elements_qk(&p), dg, c.d.dg, SAME_LIMIT);
-    assert_close("dbeta", p.T * p.HV, dbeta, c.d.dbeta, SAME_LIMIT);
-    assert_close("dh0", elements_h(&p), grad.dh0, c.d.dh0, SAME_LIMIT);
+    fd_assert_close("dq", elements_qk(&p), grad.dq, c.d.dq, SAME_LIMIT);
+    fd_assert_close("dk", elements_qk(&p), dk, c.d.dk, SAME_LIMIT);
+    fd_assert_close("dv", elements_v(&p), grad.dv, c.d.dv, SAME_LIMIT);
+    fd_assert_close("dg", elements_qk(&p), dg, c.d.dg, SAME_LIMIT);
+    fd_assert_close("dbeta", p.T * p.HV, dbeta, c.d.dbeta, SAME_LIMIT);
+    fd_assert_close("dh0", elements_h(&p), grad.dh0, c.d.dh0, SAME_LIMIT);
     free(dk);
     free(dg);
     free(dbeta);
