@@ -36,6 +36,18 @@ static inline kl_v kl_vload_bf16(const uint16_t *p)
     return (kl_v)bits;
 }
 
+/* n <= 16 elements from element k on of a row in its stored type (F32, BF16, F16); the other lanes read as 0. */
+static inline __attribute__((always_inline)) kl_v kl_vload_as(const void *row, kl_dtype type, int64_t k, int64_t n)
+{
+    if (type == KL_BF16 && n == KL_LANES)
+        return kl_vload_bf16((const uint16_t *)row + k);
+    if (type == KL_F32)
+        return n == KL_LANES ? kl_vload((const float *)row + k) : kl_vload_n((const float *)row + k, n);
+    float lanes[KL_LANES] = {0};
+    kl_to_f32(lanes, (const char *)row + (size_t)k * kl_dtype_size(type), type, (size_t)n);
+    return kl_vload(lanes);
+}
+
 static inline kl_v kl_vmax(kl_v a, kl_v b)
 {
     kl_vi pick = a > b;
