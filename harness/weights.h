@@ -50,6 +50,7 @@ typedef struct kl_param_info {
     const char *name;   /* released name, "model.layers.3.self_attn.q_proj.weight" */
     int ndim;
     int64_t shape[4];
+    int64_t rows, columns; /* as kl_param has it */
     kl_dtype dtype;     /* in which it is stored when the model's dtype is config->dtype */
     float init_std;     /* initial standard deviation; 0: see init_kind */
     enum { KL_INIT_NORMAL, KL_INIT_ONES, KL_INIT_ZEROS, KL_INIT_A_LOG, KL_INIT_DT_BIAS } init_kind;
@@ -59,7 +60,8 @@ typedef struct kl_param_info {
     int expert;         /* -1: none */
 } kl_param_info;
 typedef kl_status (*kl_param_fn)(void *user, const kl_param_info *info, kl_param *param);
-/* Visits every parameter that the configuration has; stops at the first failure. w may be all NULL data. */
+/* Visits every parameter that the configuration has; stops at the first failure. w NULL: param is a stand-in without
+ * data, for counting. Tied embeddings: lm_head is not visited. */
 kl_status kl_weights_each(const kl_config *c, kl_weights *w, kl_param_fn fn, void *user);
 
 /* Maps dir (config already loaded from it): released or transformers-native names, the fused forms split by
