@@ -64,10 +64,15 @@ const char *kl_config_preset_name(int i);
 
 /* One "key=value" of the ablations, applied on top: hybrid=3:1|0:1|1:1|7:1|15:1|n:0, gate=channel|block:B|head|none,
  * gate_kind=softplus|bounded:LB, rope=0|1, output_gate=sigmoid|swish|none, conv=0|W, layers=, hidden=, heads=, head_dim=,
- * experts=, top_k=, vocab=, dtype=, max_length=, biased_weights=0|1, beta=sigmoid|sigmoid2, ... Unknown keys are refused by name. */
+ * experts=, top_k=, vocab=, dtype=, max_length=, biased_weights=0|1, beta=sigmoid|sigmoid2, router=sigmoid|softmax, tied=0|1, first_dense=,
+ * kda_heads=, mla_heads=, latent=, nope_dim=, rope_dim=, v_dim=, inner=, moe_inner=, shared=, groups=, topk_groups=, scaling=,
+ * renormalize=0|1, norm_eps=, kv_a_norm_eps=, rope_theta=, bos=, eos=, pad=. Unknown keys are refused by name. *c is untouched on failure.
+ * hybrid=a:b repeats a KDA and b MLA layers, and where both kinds occur the last layer is MLA, as in the released model; setting
+ * layers= or hybrid= afterwards redoes it (layers= keeps all-MLA and no-MLA, and makes any other mix 3:1). */
 kl_status kl_config_set(kl_config *c, const char *assignment);
 
-/* Parameters in all and active for one token (top_k experts; embeddings counted once). */
+/* Parameters in all and active for one token: top_k of the experts; the embedding only as the head that it may be tied to,
+ * since a token reads one row of it. */
 typedef struct kl_param_count {
     int64_t total, active;
 } kl_param_count;
