@@ -1,0 +1,260 @@
+/* The recurrent (absorbed) form. With the keys' weights moved to the query, every head of a token is one query against
+ * the latent rows themselves:
+ *
+ *     s_j = scale [Wk_h^T q_n | q_r] . [latent_j | pe_j],   a_h = sum_j softmax_j(s_j) latent_j,   o_h = Wv_h a_h
+ *
+ * The keys are cut into pieces whose number depends on the sequence alone; each piece keeps (m, l, sum) of its own, and
+ * the pieces are combined in order: the bits depend neither on the threads nor on the neighbours. */
+#include "mla/cpu/recurrent.h"
+
+enum {
+    JOB_ROWS = 64,                    /* rows that share one reading of the latents */
+    MOST_PIECES = 64, LEAST_KEYS = 256, /* of a piece */
+    ROUND_JOBS = 256,
+};
+static const int64_t budget = (int64_t)32 << 20; /* bytes of partial results in a round */
+
+/* One pass over some jobs; also the sizes that its buffers need. */
+typedef struct round_size {
+    int64_t jobs, rows, parts, most_pieces, most_groups;
+} round_size;
+
+typedef struct workspace {
+    mla_job *jobs;    /* [jobs] */
+    float *rows;      /* [rows,R+Dr]: absorbed queries, later the weighted latents */
+    char *packed;     /* [rows / MLA_GROUP] packed groups */
+    float *m, *l;     /* [parts] */
+    float *o;         /* [parts,R] */
+    float *s;         /* [threads, most_groups, MLA_BLOCK, MLA_GROUP] */
+    char *scratch;    /* [threads] */
+    size_t packed_bytes, scratch_bytes;
+    int64_t s_size;
+} workspace;
+
+/* Where the next job begins. */
+typedef struct cursor {
+    int64_t n, i;
+} cursor;
+
+static bool next_job(const mla_problem *p, cursor *at, mla_job *job)
+{
+    while (at->n < p->N && at->i >= mla_queries(p, at->n)) {
+        at->n++;
+        at->i = 0;
+    }
+    if (at->n == p->N)
+        return false;
+    int64_t queries = mla_queries(p, at->n), tokens = mla_min(mla_max(JOB_ROWS / p->H, 1), queries - at->i);
+    int64_t keys = p->kv_len[at->n] - queries + at->i + tokens;
+    int64_t piece = mla_max(kl_ceil_div(kl_ceil_div(keys, MOST_PIECES), MLA_BLOCK) * MLA_BLOCK, LEAST_KEYS);
+    *job = (mla_job){.n = at->n, .i0 = at->i, .tokens = tokens, .keys = keys, .piece = piece, .pieces = kl_ceil_div(keys, piece),
+                     .groups = kl_ceil_div(tokens * p->H, MLA_GROUP)};
+    return true;
+}
+
+/* The jobs of the round that begins at *at, which moves on; jobs may be NULL. No jobs: the end. */
+static round_size next_round(const mla_problem *p, cursor *at, mla_job *jobs)
+{
+    round_size round = {0};
+    mla_job job;
+    while (round.jobs < ROUND_JOBS && next_job(p, at, &job)) {
+        int64_t parts = job.pieces * job.groups * MLA_GROUP;
+        if (round.jobs && round.parts + parts > budget / (p->R * (int64_t)sizeof(float)))
+            break;
+        job.row = round.rows;
+        job.part = round.parts;
+        if (jobs)
+            jobs[round.jobs] = job;
+        round.jobs++;
+        round.rows += job.groups * MLA_GROUP;
+        round.parts += parts;
+        round.most_pieces = mla_max(round.most_pieces, job.pieces);
+        round.most_groups = mla_max(round.most_groups, job.groups);
+        at->i += job.tokens;
+    }
+    return round;
+}
+
+/* The largest round in each respect. */
+static round_size largest_round(const mla_problem *p)
+{
+    round_size most = {0};
+    cursor at = {0, 0};
+    for (round_size round = next_round(p, &at, NULL); round.jobs; round = next_round(p, &at, NULL)) {
+        most.jobs = mla_max(most.jobs, round.jobs);
+        most.rows = mla_max(most.rows, round.rows);
+        most.parts = mla_max(most.parts, round.parts);
+        most.most_groups = mla_max(most.most_groups, round.most_groups);
+    }
+    return most;
+}
+
+static const mla_block_ops *block_ops(const mla_problem *p)
+{
+    const mla_block_ops *amx = mla_block_amx(p);
+    return amx ? amx : &mla_block_portable;
+}
+
+static workspace carve(const kl_ctx *ctx, const mla_problem *p, const mla_block_ops *ops, kl_arena *a)
+{
+    workspace w = {0};
+    round_size most = largest_round(p);
+    w.packed_bytes = ops->packed_bytes(p);
+    w.s_size = most.most_groups * MLA_BLOCK * MLA_GROUP;
+    w.scratch_bytes = (mla_max((int64_t)ops->scratch_bytes(p), mla_absorb_scratch(p) * (int64_t)sizeof(float)) + 63) / 64 * 64;
+    w.jobs = KL_TAKE(a, mla_job, most.jobs);
+    w.rows = KL_TAKE(a, float, kl_mul((size_t)most.rows, (size_t)(p->R + p->Dr), &a->overflow));
+    w.packed = KL_TAKE(a, char, kl_mul((size_t)(most.rows / MLA_GROUP), w.packed_bytes, &a->overflow));
+    w.m = KL_TAKE(a, float, most.parts);
+    w.l = KL_TAKE(a, float, most.parts);
+    w.o = KL_TAKE(a, float, kl_mul((size_t)most.parts, (size_t)p->R, &a->overflow));
+    w.s = KL_TAKE(a, float, kl_mul((size_t)ctx->threads, (size_t)w.s_size, &a->overflow));
+    w.scratch = KL_TAKE(a, char, kl_mul((size_t)ctx->threads, w.scratch_bytes, &a->overflow));
+    return w;
+}
+
+size_t mla_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    kl_arena a = kl_arena_count();
+    if (pass == KL_FORWARD)
+        carve(ctx, problem, block_ops(problem), &a);
+    return mla_arena_bytes(&a);
+}
+
+/* s becomes e^(s - m') with m' = max(m, max_j s_j), one lane a row; 0 for the keys j >= *seen (NULL: all are visible).
+ * Returns e^(m - m'). */
+static kl_v softmax_group(float *s, int64_t keys, const kl_vi *seen, float *m, float *l)
+{
+    kl_v old = kl_vload(m), top = old, sum = {0}, hidden = kl_vset(-INFINITY);
+    for (int64_t j = 0; j < keys; j++) {
+        kl_v x = kl_vload(s + j * MLA_GROUP);
+        if (seen) {
+            kl_vi show = (int32_t)j < *seen;
+            x = (kl_v)(((kl_vi)x & show) | ((kl_vi)hidden & ~show));
+            kl_vstore(s + j * MLA_GROUP, x);
+        }
+        top = kl_vmax(x, top);
+    }
+    kl_vi finite = top > hidden;
+    kl_v shift = (kl_v)((kl_vi)top & finite); /* 0 where nothing is visible yet */
+    for (int64_t j = 0; j < keys; j++) {
+        kl_v e = kl_vexp(kl_vload(s + j * MLA_GROUP) - shift);
+        kl_vstore(s + j * MLA_GROUP, e);
+        sum += e;
+    }
+    kl_v factor = kl_vexp(old - shift);
+    kl_vstore(m, top);
+    kl_vstore(l, kl_vload(l) * factor + sum);
+    return factor;
+}
+
+static void rescale(float *o, int64_t R, kl_v factor)
+{
+    for (int r = 0; r < MLA_GROUP; r++) {
+        float f = factor[r];
+        if (f == 1.0f)
+            continue;
+        for (int64_t d = 0; d < R; d++)
+            o[r * R + d] *= f;
+    }
+}
+
+/* Keys that row r of group g sees, counted from key `from`; rows that only fill up the group see all. */
+static kl_vi seen_lanes(const mla_problem *p, const mla_job *job, int64_t g, int64_t from)
+{
+    kl_vi seen;
+    for (int r = 0; r < MLA_GROUP; r++) {
+        int64_t token = mla_min((g * MLA_GROUP + r) / p->H, job->tokens - 1);
+        seen[r] = (int32_t)mla_max(mla_min(job->keys - job->tokens + token + 1 - from, INT32_MAX), 0);
+    }
+    return seen;
+}
+
+static void run_piece(const mla_problem *p, const mla_block_ops *ops, const workspace *w, const mla_job *job, int64_t piece, float *s, void *scratch)
+{
+    int64_t begin = piece * job->piece, end = mla_min(begin + job->piece, job->keys), lanes = job->groups * MLA_GROUP;
+    size_t part = (size_t)(job->part + piece * lanes);
+    float *m = w->m + part, *l = w->l + part, *o = w->o + part * (size_t)p->R;
+    const void *packed = w->packed + (size_t)(job->row / MLA_GROUP) * w->packed_bytes;
+    for (int64_t r = 0; r < lanes; r++) {
+        m[r] = -INFINITY;
+        l[r] = 0.0f;
+    }
+    if (ops->begin)
+        ops->begin();
+    for (int64_t j = begin; j < end; j += MLA_BLOCK) {
+        int64_t keys = mla_min(MLA_BLOCK, end - j), row = p->kv_start[job->n] + j;
+        bool all_visible = j + keys <= job->keys - job->tokens + 1;
+        ops->score(p, row, keys, mla_min(MLA_BLOCK, end - j - keys), job->groups, packed, scratch, s);
+        for (int64_t g = 0; g < job->groups; g++) {
+            kl_vi seen = seen_lanes(p, job, g, j);
+            kl_v factor = softmax_group(s + g * MLA_BLOCK * MLA_GROUP, keys, all_visible ? NULL : &seen, m + g * MLA_GROUP, l + g * MLA_GROUP);
+            if (j > begin)
+                rescale(o + g * MLA_GROUP * p->R, p->R, factor);
+        }
+        ops->accumulate(p, row, keys, job->groups, s, scratch, j == begin, o);
+    }
+    if (ops->end)
+        ops->end();
+}
+
+/* m = max_p m_p,  l = sum_p e^(m_p - m) l_p,  a = sum_p e^(m_p - m) sum_p / l */
+static void combine_row(const mla_problem *p, const workspace *w, const mla_job *job, int64_t r)
+{
+    int64_t lanes = job->groups * MLA_GROUP;
+    float top = -INFINITY, l = 0.0f, weight[MOST_PIECES], *a = w->rows + (size_t)(job->row + r) * (size_t)(p->R + p->Dr);
+    for (int64_t x = 0; x < job->pieces; x++)
+        top = fmaxf(top, w->m[job->part + x * lanes + r]);
+    for (int64_t x = 0; x < job->pieces; x++) {
+        weight[x] = expf(w->m[job->part + x * lanes + r] - top);
+        l += weight[x] * w->l[job->part + x * lanes + r];
+    }
+    memset(a, 0, (size_t)p->R * sizeof(float));
+    for (int64_t x = 0; x < job->pieces; x++) {
+        const float *o = w->o + (size_t)(job->part + x * lanes + r) * (size_t)p->R;
+        float f = weight[x] / l;
+        for (int64_t d = 0; d < p->R; d++)
+            a[d] += f * o[d];
+    }
+    if (p->lse)
+        p->lse[(size_t)(p->cu_q[job->n] + job->i0) * (size_t)p->H + (size_t)r] = top + logf(l);
+}
+
+static void run_round(const kl_ctx *ctx, const mla_problem *p, const mla_block_ops *ops, const workspace *w, round_size round)
+{
+#pragma omp parallel num_threads(ctx->threads)
+    {
+        size_t thread = (size_t)omp_get_thread_num();
+        float *s = w->s + thread * (size_t)w->s_size;
+        char *scratch = w->scratch + thread * w->scratch_bytes;
+        mla_absorb(p, w->jobs, round.jobs, (float *)scratch, w->rows);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < round.rows / MLA_GROUP; g++)
+            ops->pack(p, w->rows + (size_t)(g * MLA_GROUP) * (size_t)(p->R + p->Dr), w->packed + (size_t)g * w->packed_bytes);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t i = 0; i < round.jobs; i++)
+            for (int64_t x = 0; x < round.most_pieces; x++)
+                if (x < w->jobs[i].pieces)
+                    run_piece(p, ops, w, &w->jobs[i], x, s, scratch);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t i = 0; i < round.jobs; i++)
+            for (int64_t r = 0; r < round.most_groups * MLA_GROUP; r++)
+                if (r < w->jobs[i].tokens * p->H)
+                    combine_row(p, w, &w->jobs[i], r);
+        mla_project(p, w->jobs, round.jobs, (float *)scratch, w->rows);
+    }
+}
+
+kl_status mla_recurrent_forward(kl_ctx *ctx, const void *problem, void *memory, size_t bytes)
+{
+    const mla_problem *p = problem;
+    KL_TRY(mla_enter_cpu(ctx, p, true));
+    KL_TRY(mla_check_workspace(memory, bytes, mla_recurrent_workspace(ctx, p, KL_FORWARD)));
+    const mla_block_ops *ops = block_ops(p);
+    kl_arena a = kl_arena_over(memory, bytes);
+    workspace w = carve(ctx, p, ops, &a);
+    cursor at = {0, 0};
+    for (round_size round = next_round(p, &at, w.jobs); round.jobs; round = next_round(p, &at, w.jobs))
+        run_round(ctx, p, ops, &w, round);
+    return kl_ok();
+}

@@ -1,0 +1,194 @@
+/* The table of variants, and the choice among them for each sequence by the work that either form would do. */
+#include <string.h>
+
+#include "mla/cpu/internal.h"
+
+static kl_status check_forward(const void *problem, kl_pass pass)
+{
+    (void)problem;
+    if (pass == KL_BACKWARD)
+        return kl_error(KL_EUNSUPPORTED, "pass: expected forward, the only one of mla recurrent, got backward");
+    return kl_ok();
+}
+
+static kl_status check_any(const void *problem, kl_pass pass)
+{
+    (void)problem, (void)pass;
+    return kl_ok();
+}
+
+static size_t chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    return pass == KL_FORWARD ? mla_chunk_forward_workspace(ctx, problem) : mla_chunk_backward_workspace(ctx, problem);
+}
+
+/* Pairs of a query and a key that it sees: sum_i (Tk - Tq + i + 1). */
+static double pairs(const mla_problem *p, int64_t n)
+{
+    double queries = (double)mla_queries(p, n), keys = (double)p->kv_len[n];
+    return queries * (keys - queries) + queries * (queries + 1.0) / 2.0;
+}
+
+/* Operations of sequence n and one head: keys and values expanded, then attention; or absorbed, with both ends. */
+static double chunk_flops(const mla_problem *p, int64_t n)
+{
+    return 2.0 * (double)p->kv_len[n] * (double)p->R * (double)(p->Dn + p->Dv) + 2.0 * pairs(p, n) * (double)mla_row(p);
+}
+static double recurrent_flops(const mla_problem *p, int64_t n)
+{
+    return 2.0 * (double)mla_queries(p, n) * (double)p->R * (double)(p->Dn + p->Dv) + 2.0 * pairs(p, n) * (double)(2 * p->R + p->Dr);
+}
+
+static kl_cost cost(const void *problem, kl_pass pass)
+{
+    const mla_problem *p = problem;
+    double queries = 0, keys = 0, flops = 0, H = (double)p->H, head = (double)(p->Dn + p->Dr);
+    for (int64_t n = 0; n < p->N; n++) {
+        double expand = 2.0 * (double)p->kv_len[n] * (double)p->R * (double)(p->Dn + p->Dv);
+        queries += (double)mla_queries(p, n);
+        keys += (double)p->kv_len[n];
+        if (pass == KL_FORWARD)
+            flops += H * fmin(chunk_flops(p, n), recurrent_flops(p, n));
+        else /* expand once, its two gradients; s, dp, dq, dk, dv */
+            flops += H * (3.0 * expand + 2.0 * pairs(p, n) * (3.0 * head + 2.0 * (double)p->Dv));
+    }
+    double q = queries * H * head * 4.0, o = queries * H * (double)p->Dv * 4.0, width = (double)(p->R + p->Dr);
+    double latent = keys * width * (double)kl_dtype_size(p->latent_dtype), weights = H * (double)(p->Dn + p->Dv) * (double)p->R;
+    double bytes = q + o + latent + weights * (double)kl_dtype_size(p->weight_dtype);
+    if (pass == KL_BACKWARD) /* dq, dlatent, dkv_b read and written */
+        bytes += q + keys * width * 4.0 + 2.0 * weights * 4.0;
+    else if (p->lse)
+        bytes += queries * H * 4.0;
+    return (kl_cost){flops, bytes};
+}
+
+static const kl_variant table[] = {
+    {"mla", "recurrent", KL_CPU, "absorbed: queries against the latent rows themselves, keys in pieces", check_forward,
+     mla_recurrent_workspace, mla_recurrent_forward, NULL, cost},
+    {"mla", "chunk", KL_CPU, "keys and values expanded head by head, tiled online softmax", check_any, chunk_workspace,
+     mla_chunk_forward, mla_chunk_backward, cost},
+};
+enum { RECURRENT, CHUNK };
+
+const kl_variant *mla_variants(int *count)
+{
+    *count = (int)(sizeof table / sizeof *table);
+    return table;
+}
+
+/* ---- dispatch: by sequence, so that neighbours do not change what a sequence gets ---- */
+
+/* What the recurrent form may cost in operations against the chunk form and still be as fast. */
+static double recurrent_advantage(const mla_problem *p)
+{
+    (void)p;
+    return 1.0;
+}
+
+static int choose(const mla_problem *p, int64_t n)
+{
+    return recurrent_flops(p, n) <= recurrent_advantage(p) * chunk_flops(p, n) ? RECURRENT : CHUNK;
+}
+
+/* The run of sequences from n0 on that take the same variant, which is returned; *n1: one past the last.
+ * Sequences without queries go with either. */
+static int next_run(const mla_problem *p, int64_t n0, int64_t *n1)
+{
+    int chosen = -1;
+    int64_t n = n0;
+    for (; n < p->N; n++) {
+        if (mla_queries(p, n) == 0)
+            continue;
+        int choice = choose(p, n);
+        if (chosen >= 0 && choice != chosen)
+            break;
+        chosen = choice;
+    }
+    *n1 = n;
+    return chosen >= 0 ? chosen : RECURRENT;
+}
+
+static mla_problem part_of(const mla_problem *p, int64_t n0, int64_t n1)
+{
+    mla_problem part = *p;
+    part.N = n1 - n0;
+    part.cu_q += n0;
+    part.kv_start += n0;
+    part.kv_len += n0;
+    return part;
+}
+
+static size_t mixed_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    const mla_problem *p = problem;
+    if (pass == KL_BACKWARD)
+        return mla_chunk_backward_workspace(ctx, p);
+    size_t most = 0;
+    for (int64_t n0 = 0, n1; n0 < p->N; n0 = n1) {
+        const kl_variant *v = &table[next_run(p, n0, &n1)];
+        mla_problem part = part_of(p, n0, n1);
+        size_t bytes = v->workspace(ctx, &part, pass);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+static kl_status mixed_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    const mla_problem *p = problem;
+    KL_TRY(mla_enter_cpu(ctx, p, true));
+    KL_TRY(mla_check_workspace(workspace, bytes, mixed_workspace(ctx, p, KL_FORWARD)));
+    for (int64_t n0 = 0, n1; n0 < p->N; n0 = n1) {
+        const kl_variant *v = &table[next_run(p, n0, &n1)];
+        mla_problem part = part_of(p, n0, n1);
+        KL_TRY(v->forward(ctx, &part, workspace, bytes));
+    }
+    return kl_ok();
+}
+
+static const kl_variant mixed = {"mla", "mixed", KL_CPU, "for each sequence the variant that suits it", check_any, mixed_workspace,
+                                 mixed_forward, mla_chunk_backward, cost};
+
+const kl_variant *mla_pick(kl_device device, const char *name, const mla_problem *p, kl_pass pass)
+{
+    if (device != KL_CPU)
+        return NULL;
+    for (int i = 0; name && i < (int)(sizeof table / sizeof *table); i++)
+        if (strcmp(table[i].name, name) == 0)
+            return pass == KL_BACKWARD && !table[i].backward ? NULL : &table[i];
+    if (name)
+        return NULL;
+    if (pass == KL_BACKWARD)
+        return &table[CHUNK];
+    if (!p || p->N <= 0 || !p->cu_q || !p->kv_len)
+        return &table[RECURRENT];
+    int64_t n1;
+    int chosen = next_run(p, 0, &n1);
+    return n1 == p->N ? &table[chosen] : &mixed;
+}
+
+/* ---- the plain entry points ---- */
+
+size_t mla_workspace(const kl_ctx *ctx, const mla_problem *p, kl_pass pass)
+{
+    const kl_variant *v = mla_pick(ctx->device, NULL, p, pass);
+    return v ? v->workspace(ctx, p, pass) : 0;
+}
+
+static kl_status no_variant(const kl_ctx *ctx)
+{
+    KL_REQUIRE(ctx, "ctx: expected a context, got NULL");
+    return kl_error(KL_EUNSUPPORTED, "device: mla has variants on the cpu, got %s", kl_device_name(ctx->device));
+}
+
+kl_status mla_forward(kl_ctx *ctx, const mla_problem *p, void *workspace, size_t bytes)
+{
+    const kl_variant *v = ctx ? mla_pick(ctx->device, NULL, p, KL_FORWARD) : NULL;
+    return v ? v->forward(ctx, p, workspace, bytes) : no_variant(ctx);
+}
+
+kl_status mla_backward(kl_ctx *ctx, const mla_problem *p, const mla_grads *g, void *workspace, size_t bytes)
+{
+    const kl_variant *v = ctx ? mla_pick(ctx->device, NULL, p, KL_BACKWARD) : NULL;
+    return v ? v->backward(ctx, p, g, workspace, bytes) : no_variant(ctx);
+}
