@@ -332,6 +332,8 @@ typedef struct {
     ref_moe p;
     real *x, *w_router, *bias, *w[3][16], *s[3], *y, *dy;
     real *dx, *dw_router, *dw[3][16], *ds[3];
+    int64_t chosen[16]; /* what the router chose first */
+    int flipped;        /* it has chosen otherwise since */
 } moe_case;
 
 static moe_case *make_moe(fd_rng *r, ref_moe p)
@@ -352,6 +354,9 @@ static moe_case *make_moe(fd_rng *r, ref_moe p)
     m->p.x = m->x, m->p.w_router = m->w_router, m->p.bias = m->bias;
     m->p.w1 = (const real *const *)m->w[0], m->p.w2 = (const real *const *)m->w[1], m->p.w3 = (const real *const *)m->w[2];
     m->p.s1 = m->s[0], m->p.s2 = m->s[1], m->p.s3 = m->s[2];
+    real weights[16];
+    assert_true(p.T * p.top_k <= 16);
+    assert_int_equal(ref_moe_route(&m->p, m->chosen, weights), 0);
     return m;
 }
 
@@ -374,6 +379,11 @@ static void free_moe(moe_case *m)
 static double moe_loss(void *context)
 {
     moe_case *m = context;
+    int64_t chosen[16];
+    real weights[16];
+    assert_int_equal(ref_moe_route(&m->p, chosen, weights), 0);
+    for (int64_t n = 0; n < m->p.T * m->p.top_k; n++)
+        m->flipped |= chosen[n] != m->chosen[n];
     assert_int_equal(ref_moe_forward(&m->p, m->y), 0);
     return ref_dot(m->p.T * m->p.D, m->y, m->dy);
 }
@@ -461,20 +471,34 @@ static void test_moe_is_a_weighted_sum(void **state)
     free_moe(m);
 }
 
-static void check_moe_gradients(fd_rng *r, const char *label, ref_moe p)
+/* The largest error of all gradients of one random problem; *flipped: a step of the finite differences changed the router's choice,
+ * where the loss is not continuous. */
+static double moe_gradient_error(fd_rng *r, ref_moe p, int *flipped)
 {
     moe_case *m = make_moe(r, p);
     ref_moe_grad d = { .dx = m->dx, .dw_router = m->dw_router, .dw1 = m->dw[0], .dw2 = m->dw[1], .dw3 = m->dw[2],
                        .ds1 = m->ds[0], .ds2 = m->ds[1], .ds3 = m->ds[2] };
     assert_int_equal(ref_moe_backward(&m->p, m->dy, &d), 0);
-    fd_assert_gradient(label, "x", m->x, m->dx, p.T * p.D, moe_loss, m);
-    fd_assert_gradient(label, "w_router", m->w_router, m->dw_router, p.E * p.D, moe_loss, m);
+    double worst = fd_error(m->x, m->dx, p.T * p.D, 40, FD_FLOOR, moe_loss, m);
+    worst = fmax(worst, fd_error(m->w_router, m->dw_router, p.E * p.D, 40, FD_FLOOR, moe_loss, m));
     for (int n = 0; n < 3; n++) {
         for (int64_t e = 0; e < p.E; e++)
-            fd_assert_gradient(label, "w of an expert", m->w[n][e], m->dw[n][e], p.I * p.D, moe_loss, m);
-        fd_assert_gradient(label, "w of the shared expert", m->s[n], m->ds[n], p.Is * p.D, moe_loss, m);
+            worst = fmax(worst, fd_error(m->w[n][e], m->dw[n][e], p.I * p.D, 40, FD_FLOOR, moe_loss, m));
+        worst = fmax(worst, fd_error(m->s[n], m->ds[n], p.Is * p.D, 40, FD_FLOOR, moe_loss, m));
     }
+    *flipped = m->flipped;
     free_moe(m);
+    return worst;
+}
+
+static void check_moe_gradients(fd_rng *r, const char *label, ref_moe p)
+{
+    int flipped = 1;
+    double error = INFINITY;
+    for (int draw = 0; draw < 10 && flipped; draw++)
+        error = moe_gradient_error(r, p, &flipped);
+    if (flipped || !(error <= FD_LIMIT))
+        fail_msg("%s: finite differences disagree by %.3g, limit %.3g", label, error, FD_LIMIT);
 }
 
 static void test_moe_gradients(void **state)
