@@ -1,5 +1,7 @@
 #include "reference/dplr.h"
 
+#include "reference/scratch.h"
+
 static real scale_of(const ref_dplr *p)
 {
     return p->scale != 0 ? p->scale : 1 / sqrt((real)p->K);
@@ -31,9 +33,9 @@ static void step(const ref_dplr *p, int64_t t, int64_t h, const real *S0, real *
 int ref_dplr_forward(const ref_dplr *p, real *o, real *ht)
 {
     int64_t size = p->K * p->V;
-    real *w = ref_zeros(p->V), *S = ref_zeros(size);
-    int status = w && S ? 0 : -1;
-    for (int64_t h = 0; h < p->H && status == 0; h++) {
+    ref_scratch s = { 0 };
+    real *w = ref_take(&s, p->V), *S = ref_take(&s, size);
+    for (int64_t h = 0; h < p->H && s.status == 0; h++) {
         memset(S, 0, (size_t)size * sizeof(real));
         ref_add(size, p->h0 ? p->h0 + h * size : NULL, S);
         for (int64_t t = 0; t < p->T; t++) {
@@ -49,9 +51,7 @@ int ref_dplr_forward(const ref_dplr *p, real *o, real *ht)
         if (ht)
             ref_copy(size, S, ht + h * size);
     }
-    free(w);
-    free(S);
-    return status;
+    return ref_release(&s);
 }
 
 static void accumulate(real *d, int64_t n, real x)
@@ -67,15 +67,16 @@ static void step_backward(const ref_dplr *p, const ref_dplr_grad *d, int64_t t, 
     int64_t K = p->K, V = p->V, row = t * p->H + h;
     const real *q = p->q + row * K, *k = p->k + row * K, *a = p->a + row * K, *b = p->b + row * K, *g = p->g + row * K;
     const real *v = p->v + row * V;
+    real scale = scale_of(p);
     read_state(p, S0, a, w);
 
     /* o = S^T (scale q):  dq = scale S do,  dS += scale q do^T */
     if (d->d_o) {
         const real *d_o = d->d_o + row * V;
         for (int64_t c = 0; c < K; c++) {
-            accumulate(d->dq, row * K + c, scale_of(p) * ref_dot(V, S + c * V, d_o));
+            accumulate(d->dq, row * K + c, scale * ref_dot(V, S + c * V, d_o));
             for (int64_t j = 0; j < V; j++)
-                dS[c * V + j] += scale_of(p) * q[c] * d_o[j];
+                dS[c * V + j] += scale * q[c] * d_o[j];
         }
     }
 
@@ -101,9 +102,9 @@ static void step_backward(const ref_dplr *p, const ref_dplr_grad *d, int64_t t, 
 int ref_dplr_backward(const ref_dplr *p, const ref_dplr_grad *d)
 {
     int64_t size = p->K * p->V;
-    real *w = ref_zeros(p->V), *dw = ref_zeros(p->V), *dS = ref_zeros(size), *S = ref_zeros((p->T + 1) * size);
-    int status = w && dw && dS && S ? 0 : -1;
-    for (int64_t h = 0; h < p->H && status == 0; h++) {
+    ref_scratch s = { 0 };
+    real *w = ref_take(&s, p->V), *dw = ref_take(&s, p->V), *dS = ref_take(&s, size), *S = ref_take(&s, (p->T + 1) * size);
+    for (int64_t h = 0; h < p->H && s.status == 0; h++) {
         memset(S, 0, (size_t)size * sizeof(real));
         ref_add(size, p->h0 ? p->h0 + h * size : NULL, S);
         for (int64_t t = 0; t < p->T; t++)
@@ -115,9 +116,5 @@ int ref_dplr_backward(const ref_dplr *p, const ref_dplr_grad *d)
             step_backward(p, d, t, h, S + t * size, S + (t + 1) * size, dS, w, dw);
         ref_add(size, dS, d->dh0 ? d->dh0 + h * size : NULL);
     }
-    free(w);
-    free(dw);
-    free(dS);
-    free(S);
-    return status;
+    return ref_release(&s);
 }

@@ -2,6 +2,7 @@
 
 #include "reference/activation.h"
 #include "reference/norm.h"
+#include "reference/scratch.h"
 
 /* What the recurrence reads: queries and keys normalised, one decay a channel, beta after its sigmoid. */
 typedef struct {
@@ -19,21 +20,10 @@ typedef struct {
 
 /* ---- around the recurrence: l2norm, gate, sigmoid ---- */
 
-static int new_operands(const ref_kda *p, operands *x)
+static operands take_operands(const ref_kda *p, ref_scratch *m)
 {
-    x->q = ref_zeros(p->T * p->H * p->K);
-    x->k = ref_zeros(p->T * p->H * p->K);
-    x->g = ref_zeros(p->T * p->HV * p->K);
-    x->beta = ref_zeros(p->T * p->HV);
-    return x->q && x->k && x->g && x->beta ? 0 : -1;
-}
-
-static void free_operands(operands *x)
-{
-    free(x->q);
-    free(x->k);
-    free(x->g);
-    free(x->beta);
+    return (operands){ .q = ref_take(m, p->T * p->H * p->K), .k = ref_take(m, p->T * p->H * p->K),
+                       .g = ref_take(m, p->T * p->HV * p->K), .beta = ref_take(m, p->T * p->HV) };
 }
 
 static ref_gate gate_of(const ref_kda *p)
@@ -176,13 +166,11 @@ static void initial_state(const ref_kda *p, int64_t i, real *S)
 
 int ref_kda_forward(const ref_kda *p, real *o, real *ht, real *states)
 {
-    operands x;
+    ref_scratch m = { 0 };
     int64_t size = p->K * p->V;
-    real *S = ref_zeros(size), *w = ref_zeros(p->V), *u = ref_zeros(p->V);
-    int status = new_operands(p, &x);
-    if (!S || !w || !u)
-        status = -1;
-    if (status == 0) {
+    operands x = take_operands(p, &m);
+    real *S = ref_take(&m, size), *w = ref_take(&m, p->V), *u = ref_take(&m, p->V);
+    if (m.status == 0) {
         prepare(p, &x);
         for (int64_t i = 0; i < p->HV; i++) {
             initial_state(p, i, S);
@@ -203,11 +191,7 @@ int ref_kda_forward(const ref_kda *p, real *o, real *ht, real *states)
                 ref_copy(size, S, ht + i * size);
         }
     }
-    free_operands(&x);
-    free(S);
-    free(w);
-    free(u);
-    return status;
+    return ref_release(&m);
 }
 
 /* ---- the recurrence, backward ---- */
@@ -221,26 +205,14 @@ typedef struct {
     real *S1;              /* [K,V] S' */
     real *dS;              /* [K,V] gradient of the state, on its way from the last token to the first */
     real *w, *u, *dw, *du; /* [V] */
-} scratch;
+} buffers;
 
-static int new_scratch(const ref_kda *p, scratch *s)
+static buffers take_buffers(const ref_kda *p, ref_scratch *m)
 {
     int64_t size = p->K * p->V;
-    *s = (scratch){ .kept = ref_zeros((p->T / SEGMENT + 1) * size), .S = ref_zeros((SEGMENT + 1) * size), .S1 = ref_zeros(size),
-                    .dS = ref_zeros(size), .w = ref_zeros(p->V), .u = ref_zeros(p->V), .dw = ref_zeros(p->V), .du = ref_zeros(p->V) };
-    return s->kept && s->S && s->S1 && s->dS && s->w && s->u && s->dw && s->du ? 0 : -1;
-}
-
-static void free_scratch(scratch *s)
-{
-    free(s->kept);
-    free(s->S);
-    free(s->S1);
-    free(s->dS);
-    free(s->w);
-    free(s->u);
-    free(s->dw);
-    free(s->du);
+    return (buffers){ .kept = ref_take(m, (p->T / SEGMENT + 1) * size), .S = ref_take(m, (SEGMENT + 1) * size),
+                      .S1 = ref_take(m, size), .dS = ref_take(m, size), .w = ref_take(m, p->V), .u = ref_take(m, p->V),
+                      .dw = ref_take(m, p->V), .du = ref_take(m, p->V) };
 }
 
 /* y += factor S x, with x [V] and y [K] */
@@ -252,21 +224,21 @@ static void add_state_times(const ref_kda *p, const real *S, const real *x, real
 
 /* One token, from its last line to its first. S0 and S are the states before and after it; s->dS is the gradient of S on entry
  * and of S0 on return. d_o [V] may be NULL; dv [V] may be NULL; dx and *dbeta are added to. */
-static void step_backward(const ref_kda *p, token x, const real *S0, const real *S, const real *d_o, scratch *s,
+static void step_backward(const ref_kda *p, token x, const real *S0, const real *S, const real *d_o, buffers *s,
                           token dx, real *dv, real *dbeta)
 {
     int64_t K = p->K, V = p->V;
-    real *S1 = s->S1, *dS = s->dS;
+    real *S1 = s->S1, *dS = s->dS, scale = scale_of(p);
     ref_copy(K * V, S0, S1);
     decay_state(p, S1, x.g);
     correction(p, x, S1, s->w, s->u);
 
     /* o = S^T (scale q):  dq = scale S do,  dS += scale q do^T */
     if (d_o) {
-        add_state_times(p, S, d_o, scale_of(p), dx.q);
+        add_state_times(p, S, d_o, scale, dx.q);
         for (int64_t c = 0; c < K; c++)
             for (int64_t j = 0; j < V; j++)
-                dS[c * V + j] += scale_of(p) * x.q[c] * d_o[j];
+                dS[c * V + j] += scale * x.q[c] * d_o[j];
     }
 
     /* S = S' + k u^T:  dk = dS u,  du = dS^T k,  dS' = dS */
@@ -294,7 +266,7 @@ static void step_backward(const ref_kda *p, token x, const real *S0, const real 
 }
 
 /* The states before and after each of the tokens [first, last) of head i, into s->S. */
-static void states_of_segment(const ref_kda *p, const operands *x, int64_t i, int64_t first, int64_t last, scratch *s)
+static void states_of_segment(const ref_kda *p, const operands *x, int64_t i, int64_t first, int64_t last, buffers *s)
 {
     int64_t size = p->K * p->V;
     ref_copy(size, s->kept + first / SEGMENT * size, s->S);
@@ -305,7 +277,7 @@ static void states_of_segment(const ref_kda *p, const operands *x, int64_t i, in
     }
 }
 
-static void head_backward(const ref_kda *p, const operands *x, int64_t i, const ref_kda_grad *d, const operands *dx, scratch *s)
+static void head_backward(const ref_kda *p, const operands *x, int64_t i, const ref_kda_grad *d, const operands *dx, buffers *s)
 {
     int64_t size = p->K * p->V;
 
@@ -334,18 +306,14 @@ static void head_backward(const ref_kda *p, const operands *x, int64_t i, const 
 
 int ref_kda_backward(const ref_kda *p, const ref_kda_grad *d)
 {
-    operands x, dx;
-    scratch s;
-    int no_x = new_operands(p, &x), no_dx = new_operands(p, &dx), no_s = new_scratch(p, &s);
-    int status = no_x || no_dx || no_s ? -1 : 0;
-    if (status == 0) {
+    ref_scratch m = { 0 };
+    operands x = take_operands(p, &m), dx = take_operands(p, &m);
+    buffers s = take_buffers(p, &m);
+    if (m.status == 0) {
         prepare(p, &x);
         for (int64_t i = 0; i < p->HV; i++)
             head_backward(p, &x, i, d, &dx, &s);
         prepare_backward(p, &dx, d);
     }
-    free_operands(&x);
-    free_operands(&dx);
-    free_scratch(&s);
-    return status;
+    return ref_release(&m);
 }

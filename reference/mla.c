@@ -1,5 +1,7 @@
 #include "reference/mla.h"
 
+#include "reference/scratch.h"
+
 static real scale_of(const ref_mla *p)
 {
     return p->scale != 0 ? p->scale : 1 / sqrt((real)(p->Dn + p->Dr));
@@ -55,11 +57,11 @@ static real softmax_row(const ref_mla *p, const real *kv, int64_t i, int64_t h, 
 
 int ref_mla_forward(const ref_mla *p, real *o, real *lse)
 {
-    real *kv = ref_zeros(p->Tk * p->H * (p->Dn + p->Dv)), *prob = ref_zeros(p->Tk);
-    int status = kv && prob ? 0 : -1;
-    if (status == 0)
+    ref_scratch s = { 0 };
+    real *kv = ref_take(&s, p->Tk * p->H * (p->Dn + p->Dv)), *prob = ref_take(&s, p->Tk);
+    if (s.status == 0)
         expand(p, kv);
-    for (int64_t i = 0; i < p->Tq && status == 0; i++)
+    for (int64_t i = 0; i < p->Tq && s.status == 0; i++)
         for (int64_t h = 0; h < p->H; h++) {
             real lse_ih = softmax_row(p, kv, i, h, prob), *o_ih = o + (i * p->H + h) * p->Dv;
             if (lse)
@@ -70,9 +72,7 @@ int ref_mla_forward(const ref_mla *p, real *o, real *lse)
                 for (int64_t e = 0; e < p->Dv; e++)
                     o_ih[e] += prob[j] * kv[(j * p->H + h) * (p->Dn + p->Dv) + p->Dn + e];
         }
-    free(kv);
-    free(prob);
-    return status;
+    return ref_release(&s);
 }
 
 /* Query i of head h. prob [Tk] and dprob [Tk] are scratch; dkv [Tk,H,Dn+Dv], dq and dc (dq and dc may be NULL) are added to. */
@@ -119,20 +119,16 @@ static void row_backward(const ref_mla *p, const real *kv, int64_t i, int64_t h,
 int ref_mla_backward(const ref_mla *p, const real *d_o, real *dq, real *dc, real *dW)
 {
     int64_t size = p->Tk * p->H * (p->Dn + p->Dv);
-    real *kv = ref_zeros(size), *dkv = ref_zeros(size), *prob = ref_zeros(p->Tk), *dprob = ref_zeros(p->Tk);
-    int status = kv && dkv && prob && dprob ? 0 : -1;
-    if (status == 0) {
+    ref_scratch s = { 0 };
+    real *kv = ref_take(&s, size), *dkv = ref_take(&s, size), *prob = ref_take(&s, p->Tk), *dprob = ref_take(&s, p->Tk);
+    if (s.status == 0) {
         expand(p, kv);
         for (int64_t i = 0; i < p->Tq; i++)
             for (int64_t h = 0; h < p->H; h++)
                 row_backward(p, kv, i, h, d_o, prob, dprob, dkv, dq, dc);
         expand_backward(p, dkv, dc, dW);
     }
-    free(kv);
-    free(dkv);
-    free(prob);
-    free(dprob);
-    return status;
+    return ref_release(&s);
 }
 
 /* Turns the pair (x[i], x[i + Dr/2]) of every head of every token by direction * position * theta^(-2i/Dr). */

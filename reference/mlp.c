@@ -2,30 +2,28 @@
 
 #include "reference/activation.h"
 #include "reference/linear.h"
+#include "reference/scratch.h"
 
 int ref_mlp_forward(const ref_mlp *p, const real *x, real *y)
 {
-    real *a = ref_zeros(p->I), *b = ref_zeros(p->I), *m = ref_zeros(p->I);
-    int status = a && b && m ? 0 : -1;
-    if (status == 0) {
+    ref_scratch s = { 0 };
+    real *a = ref_take(&s, p->I), *b = ref_take(&s, p->I), *m = ref_take(&s, p->I);
+    if (s.status == 0) {
         ref_linear_forward(1, p->D, p->I, x, p->w1, a);
         ref_linear_forward(1, p->D, p->I, x, p->w3, b);
         for (int64_t n = 0; n < p->I; n++)
             m[n] = ref_silu(a[n]) * b[n];
         ref_linear_forward(1, p->I, p->D, m, p->w2, y);
     }
-    free(a);
-    free(b);
-    free(m);
-    return status;
+    return ref_release(&s);
 }
 
 int ref_mlp_backward(const ref_mlp *p, const real *x, const real *dy, real *dx, const ref_mlp_grad *d)
 {
-    real *a = ref_zeros(p->I), *b = ref_zeros(p->I), *m = ref_zeros(p->I);
-    real *da = ref_zeros(p->I), *db = ref_zeros(p->I), *dm = ref_zeros(p->I);
-    int status = a && b && m && da && db && dm ? 0 : -1;
-    if (status == 0) {
+    ref_scratch s = { 0 };
+    real *a = ref_take(&s, p->I), *b = ref_take(&s, p->I), *m = ref_take(&s, p->I);
+    real *da = ref_take(&s, p->I), *db = ref_take(&s, p->I), *dm = ref_take(&s, p->I);
+    if (s.status == 0) {
         ref_linear_forward(1, p->D, p->I, x, p->w1, a);
         ref_linear_forward(1, p->D, p->I, x, p->w3, b);
         for (int64_t n = 0; n < p->I; n++)
@@ -42,11 +40,5 @@ int ref_mlp_backward(const ref_mlp *p, const real *x, const real *dy, real *dx, 
         ref_linear_backward(1, p->D, p->I, x, p->w1, da, dx, d->dw1);
         ref_linear_backward(1, p->D, p->I, x, p->w3, db, dx, d->dw3);
     }
-    free(a);
-    free(b);
-    free(m);
-    free(da);
-    free(db);
-    free(dm);
-    return status;
+    return ref_release(&s);
 }

@@ -3,6 +3,7 @@
 #include "reference/activation.h"
 #include "reference/linear.h"
 #include "reference/mlp.h"
+#include "reference/scratch.h"
 
 /* What the router decides about one token. */
 typedef struct {
@@ -10,26 +11,18 @@ typedef struct {
     real *biased;     /* [E] s + bias */
     real *choice;     /* [E] s + bias, -inf where the group is not chosen and where the expert is already taken */
     real *group;      /* [n_group] score of a group, -inf once chosen */
-    int64_t *id;      /* [top_k] */
+    int64_t *id;      /* [top_k], freed by free() */
     real *weight;     /* [top_k] */
     real sum;         /* what the chosen scores were divided by */
 } route;
 
-static int new_route(const ref_moe *p, route *r)
+static route take_route(const ref_moe *p, ref_scratch *s)
 {
-    *r = (route){ .score = ref_zeros(p->E), .biased = ref_zeros(p->E), .choice = ref_zeros(p->E), .group = ref_zeros(p->n_group),
-                  .id = calloc((size_t)p->top_k + 1, sizeof(int64_t)), .weight = ref_zeros(p->top_k) };
-    return r->score && r->biased && r->choice && r->group && r->id && r->weight ? 0 : -1;
-}
-
-static void free_route(route *r)
-{
-    free(r->score);
-    free(r->biased);
-    free(r->choice);
-    free(r->group);
-    free(r->id);
-    free(r->weight);
+    route r = { .score = ref_take(s, p->E), .biased = ref_take(s, p->E), .choice = ref_take(s, p->E), .group = ref_take(s, p->n_group),
+                .id = calloc((size_t)p->top_k + 1, sizeof(int64_t)), .weight = ref_take(s, p->top_k) };
+    if (!r.id)
+        s->status = -1;
+    return r;
 }
 
 /* The index of the largest of x[0..n-1], the lowest among equals. */
@@ -156,42 +149,41 @@ static ref_mlp shared_expert(const ref_moe *p)
 
 int ref_moe_route(const ref_moe *p, int64_t *ids, real *weights)
 {
-    route r;
-    int status = new_route(p, &r);
-    for (int64_t t = 0; t < p->T && status == 0; t++) {
+    ref_scratch s = { 0 };
+    route r = take_route(p, &s);
+    for (int64_t t = 0; t < p->T && s.status == 0; t++) {
         route_token(p, p->x + t * p->D, &r);
         memcpy(ids + t * p->top_k, r.id, (size_t)p->top_k * sizeof(int64_t));
         ref_copy(p->top_k, r.weight, weights + t * p->top_k);
     }
-    free_route(&r);
-    return status;
+    free(r.id);
+    return ref_release(&s);
 }
 
 int ref_moe_forward(const ref_moe *p, real *y)
 {
-    route r;
-    real *y_e = ref_zeros(p->D);
-    int status = new_route(p, &r) || !y_e ? -1 : 0;
-    for (int64_t t = 0; t < p->T && status == 0; t++) {
+    ref_scratch s = { 0 };
+    route r = take_route(p, &s);
+    real *y_e = ref_take(&s, p->D);
+    for (int64_t t = 0; t < p->T && s.status == 0; t++) {
         const real *x_t = p->x + t * p->D;
         real *y_t = y + t * p->D;
         memset(y_t, 0, (size_t)p->D * sizeof(real));
         if (p->Is > 0) {
             ref_mlp shared = shared_expert(p);
-            status |= ref_mlp_forward(&shared, x_t, y_t);
+            s.status |= ref_mlp_forward(&shared, x_t, y_t);
         }
         route_token(p, x_t, &r);
         for (int64_t n = 0; n < p->top_k; n++) {
             /* y += weight_n expert_n(x) */
             ref_mlp chosen = expert(p, r.id[n]);
-            status |= ref_mlp_forward(&chosen, x_t, y_e);
+            s.status |= ref_mlp_forward(&chosen, x_t, y_e);
             for (int64_t i = 0; i < p->D; i++)
                 y_t[i] += r.weight[n] * y_e[i];
         }
     }
-    free_route(&r);
-    free(y_e);
-    return status;
+    free(r.id);
+    return ref_release(&s);
 }
 
 /* One token. y_e and dy_e [D], dweight [top_k] and ds [E] are scratch. */
@@ -222,15 +214,11 @@ static int token_backward(const ref_moe *p, const real *x, const real *dy, real 
 
 int ref_moe_backward(const ref_moe *p, const real *dy, const ref_moe_grad *d)
 {
-    route r;
-    real *y_e = ref_zeros(p->D), *dy_e = ref_zeros(p->D), *dweight = ref_zeros(p->top_k), *ds = ref_zeros(p->E);
-    int status = new_route(p, &r) || !y_e || !dy_e || !dweight || !ds ? -1 : 0;
-    for (int64_t t = 0; t < p->T && status == 0; t++)
-        status = token_backward(p, p->x + t * p->D, dy + t * p->D, d->dx ? d->dx + t * p->D : NULL, d, &r, y_e, dy_e, dweight, ds);
-    free_route(&r);
-    free(y_e);
-    free(dy_e);
-    free(dweight);
-    free(ds);
-    return status;
+    ref_scratch s = { 0 };
+    route r = take_route(p, &s);
+    real *y_e = ref_take(&s, p->D), *dy_e = ref_take(&s, p->D), *dweight = ref_take(&s, p->top_k), *ds = ref_take(&s, p->E);
+    for (int64_t t = 0; t < p->T && s.status == 0; t++)
+        s.status = token_backward(p, p->x + t * p->D, dy + t * p->D, d->dx ? d->dx + t * p->D : NULL, d, &r, y_e, dy_e, dweight, ds);
+    free(r.id);
+    return ref_release(&s);
 }

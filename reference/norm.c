@@ -1,6 +1,7 @@
 #include "reference/norm.h"
 
 #include "reference/activation.h"
+#include "reference/scratch.h"
 
 /* r = (mean x^2 + eps)^-1/2 */
 static real inverse_rms(int64_t D, real eps, const real *x)
@@ -64,9 +65,9 @@ int ref_gated_rmsnorm_backward(int64_t N, int64_t D, real eps, ref_output_gate g
         ref_rmsnorm_backward(N, D, eps, x, w, dy, dx, dw);
         return 0;
     }
-    real *y1 = ref_zeros(N * D), *dy1 = ref_zeros(N * D);
-    int status = y1 && dy1 ? 0 : -1;
-    if (status == 0) {
+    ref_scratch s = { 0 };
+    real *y1 = ref_take(&s, N * D), *dy1 = ref_take(&s, N * D);
+    if (s.status == 0) {
         /* y = y1 act(z) */
         ref_rmsnorm_forward(N, D, eps, x, w, y1);
         for (int64_t i = 0; i < N * D; i++) {
@@ -77,9 +78,7 @@ int ref_gated_rmsnorm_backward(int64_t N, int64_t D, real eps, ref_output_gate g
         /* y1 = rmsnorm(x) w */
         ref_rmsnorm_backward(N, D, eps, x, w, dy1, dx, dw);
     }
-    free(y1);
-    free(dy1);
-    return status;
+    return ref_release(&s);
 }
 
 void ref_l2norm_forward(int64_t N, int64_t D, real eps, const real *x, real *y)

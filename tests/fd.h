@@ -84,14 +84,14 @@ static inline double fd_derivative(double *x, double h, fd_loss loss, void *cont
 }
 
 /* The largest |dx[i] - finite difference| over at most `probes` entries of x [n], divided by the largest finite difference met
- * (or by `floor`, the size below which a gradient counts as zero). h = 1e-3, so that with losses of order 1 the rounding error is
- * about 1e-16 / 1e-3 and the truncation error about 1e-12. */
-static inline double fd_error(double *x, const double *dx, int64_t n, int64_t probes, double floor, fd_loss loss, void *context)
+ * (or by `floor`, the size below which a gradient counts as zero). With losses of order 1 the rounding error is about 1e-16 / h and
+ * the truncation error h^4 times the fifth derivative. */
+static inline double fd_error(double *x, const double *dx, int64_t n, int64_t probes, double h, double floor, fd_loss loss, void *context)
 {
     double worst = 0, largest = floor;
     int64_t stride = n > probes ? n / probes : 1;
     for (int64_t i = 0; i < n; i += stride) {
-        double d = fd_derivative(x + i, 1e-3, loss, context);
+        double d = fd_derivative(x + i, h, loss, context);
         if (!isfinite(d) || !isfinite(dx[i]))
             return INFINITY;
         worst = fmax(worst, fabs(dx[i] - d));
@@ -119,12 +119,13 @@ static inline void fd_assert_close(const char *what, int64_t n, const double *x,
 /* Errors seen are about 1e-11; a wrong term shows at 1e-3 and above. Gradients below the floor count as zero. */
 #define FD_LIMIT 1e-8
 #define FD_FLOOR 1e-2
+#define FD_STEP 1e-3
 
 /* Probes up to 40 entries of x [n] against dx; returns the error. */
 static inline double fd_assert_gradient(const char *label, const char *name, double *x, const double *dx, int64_t n, fd_loss loss,
                                         void *context)
 {
-    double error = fd_error(x, dx, n, 40, FD_FLOOR, loss, context);
+    double error = fd_error(x, dx, n, 40, FD_STEP, FD_FLOOR, loss, context);
     if (!(error <= FD_LIMIT))
         fail_msg("%s: d%s: finite differences disagree by %.3g, limit %.3g", label, name, error, FD_LIMIT);
     return error;

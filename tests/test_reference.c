@@ -479,12 +479,12 @@ static double moe_gradient_error(fd_rng *r, ref_moe p, int *flipped)
     ref_moe_grad d = { .dx = m->dx, .dw_router = m->dw_router, .dw1 = m->dw[0], .dw2 = m->dw[1], .dw3 = m->dw[2],
                        .ds1 = m->ds[0], .ds2 = m->ds[1], .ds3 = m->ds[2] };
     assert_int_equal(ref_moe_backward(&m->p, m->dy, &d), 0);
-    double worst = fd_error(m->x, m->dx, p.T * p.D, 40, FD_FLOOR, moe_loss, m);
-    worst = fmax(worst, fd_error(m->w_router, m->dw_router, p.E * p.D, 40, FD_FLOOR, moe_loss, m));
+    double worst = fd_error(m->x, m->dx, p.T * p.D, 40, FD_STEP, FD_FLOOR, moe_loss, m);
+    worst = fmax(worst, fd_error(m->w_router, m->dw_router, p.E * p.D, 40, FD_STEP, FD_FLOOR, moe_loss, m));
     for (int n = 0; n < 3; n++) {
         for (int64_t e = 0; e < p.E; e++)
-            worst = fmax(worst, fd_error(m->w[n][e], m->dw[n][e], p.I * p.D, 40, FD_FLOOR, moe_loss, m));
-        worst = fmax(worst, fd_error(m->s[n], m->ds[n], p.Is * p.D, 40, FD_FLOOR, moe_loss, m));
+            worst = fmax(worst, fd_error(m->w[n][e], m->dw[n][e], p.I * p.D, 40, FD_STEP, FD_FLOOR, moe_loss, m));
+        worst = fmax(worst, fd_error(m->s[n], m->ds[n], p.Is * p.D, 40, FD_STEP, FD_FLOOR, moe_loss, m));
     }
     *flipped = m->flipped;
     free_moe(m);
