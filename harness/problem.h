@@ -1,0 +1,131 @@
+/* Problems with memory behind them: random ones of a named gate regime, reproducible from a seed, and the golden
+ * ones. verify, bench and the tests build them here, run variants on them and score what comes out. */
+#ifndef KL_HARNESS_PROBLEM_H
+#define KL_HARNESS_PROBLEM_H
+
+#include "common/compare.h"
+#include "common/variant.h"
+#include "kda/dplr.h"
+#include "kda/kda.h"
+#include "mla/mla.h"
+#include "moe/moe.h"
+
+typedef enum kl_family { KL_FAMILY_KDA = 0, KL_FAMILY_DPLR, KL_FAMILY_MLA, KL_FAMILY_MOE } kl_family;
+
+/* Decays (natural log, a token), and what goes with them. */
+typedef enum kl_regime {
+    KL_REGIME_STRONG = 0, /* -5 sigmoid(N(0,1)) in every channel */
+    KL_REGIME_SLOW,       /* uniform in (-0.01, 0), keys with cosine 0.8, beta near 0.95 */
+    KL_REGIME_MIXED,      /* the first third of each head's channels slow, the others strong */
+} kl_regime;
+const char *kl_regime_name(kl_regime r);
+kl_status kl_regime_parse(const char *name, kl_regime *r);
+
+/* One tensor that a variant writes. */
+typedef struct kl_case_tensor {
+    const char *name;  /* "o", "ht", "dq", ... */
+    float *out;        /* [T,H,D] */
+    double *want;      /* [T,H,D], the right answer; NULL: not known yet */
+    int64_t T, H, D;   /* how it is cut for scoring: heads, and windows of time */
+    bool gradient;     /* written by the backward pass */
+    bool accumulates;  /* cleared before a run; the others are poisoned with NaN */
+} kl_case_tensor;
+
+enum { KL_CASE_TENSORS = 10, KL_SCORE_WINDOW = 64 };
+
+typedef struct kl_case {
+    kl_family family;
+    char name[192];
+    kl_tolerance tolerance;
+    bool backward;     /* gradients are set up */
+    union {
+        kda_problem kda;
+        dplr_problem dplr;
+        mla_problem mla;
+        moe_problem moe;
+    } problem;
+    union {
+        kda_grads kda;
+        mla_grads mla;
+        moe_grads moe;
+    } grads;
+    int count;
+    kl_case_tensor tensor[KL_CASE_TENSORS];
+    void *memory;      /* the one block behind every pointer */
+    size_t bytes;      /* of inputs, outputs and gradients, without the wanted values */
+} kl_case;
+
+/* Random KDA. Sizes that are 0: B 1, HV = H, V = K, G = K (G = -1: none), N = B. */
+typedef struct kl_kda_spec {
+    int64_t B, T, H, HV, K, V, G, chunk;
+    const int64_t *lengths; /* packed sequences (then B = 1 and T is their sum); NULL: B rows of T */
+    int64_t sequences;
+    kl_regime regime;
+    kda_gate gate;
+    kda_beta beta_kind;
+    kda_state_layout state_layout;
+    bool qk_l2norm, no_delta;
+    bool state;             /* an initial state and, backward, a gradient of the final one */
+    bool backward;
+    uint64_t seed;
+} kl_kda_spec;
+kl_status kl_case_kda(kl_case *c, const kl_kda_spec *s);
+
+/* The same recurrence as a general DPLR problem: a = k e^g, b = -beta k, beta k in the place of k, a head of q and k
+ * for each value head. Forward only; the wanted values come along. Needs KDA_GATE_LOG, KDA_BETA_PLAIN, no norm inside. */
+kl_status kl_case_dplr(kl_case *c, const kl_case *kda);
+
+/* Golden KDA data: one sequence with its outputs and gradients, as tests/golden/README.md says. */
+kl_status kl_case_kda_golden(kl_case *c, const char *path);
+
+/* Random MLA: N sequences (0: 1) of T keys each, the last Tq of them queries (0: all); or of lengths[n] keys. */
+typedef struct kl_mla_spec {
+    int64_t N, T, Tq, H, R, Dn, Dr, Dv;
+    const int64_t *lengths;
+    kl_dtype latent_dtype, weight_dtype;
+    bool backward;
+    uint64_t seed;
+} kl_mla_spec;
+kl_status kl_case_mla(kl_case *c, const kl_mla_spec *s);
+
+/* Random MoE. No token stands within 1e-4 of another choice of experts, so that rounding cannot change the choice. */
+typedef struct kl_moe_spec {
+    int64_t T, D, E, I, top_k, Is, n_group, topk_group;
+    moe_router router_kind;
+    bool renormalize, biased_weights;
+    float scale;
+    kl_dtype weight_dtype;
+    bool backward;
+    uint64_t seed;
+} kl_moe_spec;
+kl_status kl_case_moe(kl_case *c, const kl_moe_spec *s);
+
+void kl_case_free(kl_case *c);
+
+/* The registered variants of a family. */
+const kl_variant *kl_family_variants(kl_family f, int *count);
+const char *kl_family_name(kl_family f);
+
+/* Memory for a variant's workspace, kept between calls. */
+typedef struct kl_scratch {
+    void *memory;
+    size_t bytes, room;
+} kl_scratch;
+kl_status kl_scratch_for(kl_scratch *s, const kl_ctx *ctx, const kl_variant *v, const kl_case *c, kl_pass pass);
+void kl_scratch_free(kl_scratch *s);
+
+/* NaN into everything that the pass must write, zero into what it adds to. */
+void kl_case_poison(kl_case *c, kl_pass pass);
+/* One call of the variant, nothing else. */
+kl_status kl_case_call(kl_ctx *ctx, const kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s);
+/* Poison outputs and workspace, call, and see that nothing was written beyond the workspace. */
+kl_status kl_case_run(kl_ctx *ctx, kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s);
+/* What the last run wrote becomes what is wanted. */
+kl_status kl_case_keep(kl_case *c, kl_pass pass);
+/* ||out - want|| / ||want||, NaN when anything is not finite; blocks: the worst head and window of 64 tokens. */
+double kl_case_error(const kl_case_tensor *t);
+double kl_case_error_blocks(const kl_case_tensor *t);
+/* The worst kl_case_error of a pass, and which tensor it was (tensor may be NULL). */
+double kl_case_worst(const kl_case *c, kl_pass pass, const char **tensor);
+
+#endif
