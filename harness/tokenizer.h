@@ -15,6 +15,8 @@ kl_status kl_tokenizer_open(kl_tokenizer **t, const char *dir);
 kl_status kl_tokenizer_open_memory(kl_tokenizer **t, const char *model, size_t size); /* no specials but the default set */
 kl_status kl_tokenizer_bytes(kl_tokenizer **t);
 void kl_tokenizer_close(kl_tokenizer *t);
+/* These special tokens and no others from now on: names are copied; ids are distinct, not below the number of ranks. */
+kl_status kl_tokenizer_set_specials(kl_tokenizer *t, const char *const *names, const int64_t *ids, int count);
 
 int64_t kl_tokenizer_size(const kl_tokenizer *t); /* ids are below this */
 int64_t kl_tokenizer_special(const kl_tokenizer *t, const char *name); /* id, or -1 */
