@@ -1,0 +1,98 @@
+/* Random problems that walk through the contract's cases; a case is a function of the seed and its number alone. */
+#include <string.h>
+
+#include "common/rng.h"
+#include "harness/verify.h"
+
+static const int64_t token_counts[] = {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 1000};
+static const int64_t dimensions[] = {1, 8, 24, 60, 64, 100, 128, 256};
+enum { TOKEN_COUNTS = 14, DIMENSIONS = 8 };
+
+static int64_t pick(kl_rng *r, const int64_t *from, int count) { return from[kl_rng_below(r, (uint64_t)count)]; }
+#define PICK(r, ...) pick((r), (const int64_t[]){__VA_ARGS__}, sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t))
+static bool one_in(kl_rng *r, uint64_t n) { return kl_rng_below(r, n) == 0; }
+
+static kl_status random_kda(kl_case *c, kl_rng *r, int64_t i)
+{
+    int64_t lengths[6] = {0, 1, 15, 0, 0, 40};
+    kl_kda_spec s = {.T = token_counts[i % TOKEN_COUNTS], .regime = (kl_regime)(i % 3), .backward = true, .seed = r->seed + (uint64_t)i};
+    /* Long sequences meet small heads: the reference keeps every state. */
+    int dims = s.T > 200 ? 4 : DIMENSIONS;
+    s.K = pick(r, dimensions, dims);
+    s.V = one_in(r, 2) ? s.K : pick(r, dimensions, dims);
+    s.H = PICK(r, 1, 2, 3);
+    s.HV = s.H * PICK(r, 1, 1, 2, 3);
+    s.G = one_in(r, 2) ? s.K : PICK(r, 1, -1, s.K % 4 == 0 ? s.K / 4 : s.K, s.K % 2 == 0 ? s.K / 2 : 1);
+    s.chunk = PICK(r, 0, 16, 32, 64, 128);
+    s.gate = (kda_gate)kl_rng_below(r, 3);
+    s.beta_kind = (kda_beta)kl_rng_below(r, 3);
+    s.state_layout = (kda_state_layout)kl_rng_below(r, 2);
+    s.qk_l2norm = one_in(r, 2);
+    s.no_delta = one_in(r, 6);
+    s.state = !one_in(r, 4);
+    if (one_in(r, 3)) {
+        lengths[4] = s.T;
+        s.lengths = lengths;
+        s.sequences = 6;
+    } else {
+        s.B = PICK(r, 1, 1, 2);
+    }
+    return kl_case_kda(c, &s);
+}
+
+static kl_status random_mla(kl_case *c, kl_rng *r, int64_t i)
+{
+    int64_t lengths[3] = {token_counts[i % (TOKEN_COUNTS - 1)], 1, 70};
+    kl_mla_spec s = {.N = PICK(r, 1, 2), .T = lengths[0], .backward = true, .seed = r->seed + (uint64_t)i};
+    s.Tq = PICK(r, 0, 0, 1, 5, 40);
+    s.H = PICK(r, 1, 2, 3, 4);
+    s.R = PICK(r, 8, 24, 60, 128, 512);
+    s.Dn = PICK(r, 8, 24, 60, 128);
+    s.Dr = PICK(r, 8, 16, 64);
+    s.Dv = PICK(r, 8, 24, 100, 128);
+    s.latent_dtype = one_in(r, 2) ? KL_F32 : KL_BF16;
+    s.weight_dtype = (kl_dtype)PICK(r, KL_F32, KL_BF16, KL_F16);
+    if (one_in(r, 3)) {
+        s.lengths = lengths;
+        s.N = 3;
+    }
+    return kl_case_mla(c, &s);
+}
+
+static kl_status random_moe(kl_case *c, kl_rng *r, int64_t i)
+{
+    kl_moe_spec s = {.T = token_counts[i % (TOKEN_COUNTS - 1)], .backward = true, .seed = r->seed + (uint64_t)i};
+    s.D = PICK(r, 8, 24, 60, 100, 128);
+    s.E = PICK(r, 0, 1, 4, 8, 16, 64);
+    s.I = PICK(r, 8, 24, 60, 128);
+    s.Is = s.E == 0 ? s.I : PICK(r, 0, 24, 100);
+    s.top_k = s.E ? 1 + (int64_t)kl_rng_below(r, (uint64_t)(s.E < 8 ? s.E : 8)) : 0;
+    if (s.E >= 8 && one_in(r, 3)) {
+        s.n_group = 4;
+        s.topk_group = 2;
+        s.top_k = s.top_k < s.E / 2 ? s.top_k : s.E / 2;
+    }
+    s.router_kind = one_in(r, 3) ? MOE_SOFTMAX : MOE_SIGMOID;
+    s.renormalize = !one_in(r, 3);
+    s.biased_weights = 2 * s.top_k <= s.E && one_in(r, 4);
+    s.scale = one_in(r, 2) ? 2.446f : 0.0f;
+    s.weight_dtype = (kl_dtype)PICK(r, KL_F32, KL_BF16, KL_F16);
+    return kl_case_moe(c, &s);
+}
+
+kl_status kl_verify_random(kl_verifier *v, kl_family family, uint64_t seed, int64_t cases)
+{
+    for (int64_t i = 0; i < cases; i++) {
+        kl_rng r = kl_rng_make(seed, (uint64_t)i);
+        kl_case c;
+        kl_status s = family == KL_FAMILY_MLA ? random_mla(&c, &r, i) : family == KL_FAMILY_MOE ? random_moe(&c, &r, i) : random_kda(&c, &r, i);
+        KL_TRY(kl_error_in(s, "random case %lld of seed %llu", (long long)i, (unsigned long long)seed));
+        char name[sizeof c.name];
+        snprintf(name, sizeof name, "%lld: %.160s", (long long)i, c.name);
+        memcpy(c.name, name, sizeof name);
+        s = kl_verify_case(v, &c, false);
+        kl_case_free(&c);
+        KL_TRY(s);
+    }
+    return kl_ok();
+}
