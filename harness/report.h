@@ -19,7 +19,7 @@ kl_build kl_build_describe(void);
 /* Where a number comes from. */
 typedef struct kl_provenance {
     char device[128];   /* CPU model, or the accelerator */
-    char driver[64];    /* kernel release, or the accelerator's driver */
+    char driver[128];   /* kernel release, or the accelerator's driver */
     char toolkit[64];   /* BLAS, or the CUDA toolkit */
     char date[32];      /* ISO 8601, UTC */
     char command[2048]; /* the command line, arguments quoted where a shell would need it */
