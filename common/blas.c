@@ -5,7 +5,7 @@
 #include "common/parallel.h"
 #include "common/simd.h"
 
-enum { TILE_M = 256, TILE_N = 128, TILE_K = 256, FEW_ROWS = 8 };
+enum { TILE_M = 256, TILE_N = 128, TILE_K = 256 };
 
 void kl_blas_single_threaded(void) { openblas_set_num_threads(1); }
 const char *kl_blas_name(void) { return openblas_get_config(); }
@@ -42,25 +42,14 @@ void kl_gemm(const kl_ctx *ctx, kl_op ta, kl_op tb, int64_t M, int64_t N, int64_
 
 /* ---- few rows: dot products over a weight row in its stored type ---- */
 
-static inline kl_v load_weight(const void *row, kl_dtype type, int64_t k, int64_t n)
-{
-    if (type == KL_BF16 && n == KL_LANES)
-        return kl_vload_bf16((const uint16_t *)row + k);
-    if (type == KL_F32)
-        return n == KL_LANES ? kl_vload((const float *)row + k) : kl_vload_n((const float *)row + k, n);
-    float lanes[KL_LANES] = {0};
-    kl_to_f32(lanes, (const char *)row + (size_t)k * kl_dtype_size(type), type, (size_t)n);
-    return kl_vload(lanes);
-}
-
 /* y[m] = x[m] . w for m < rows, each with two running sums whose order depends on K alone. */
 static inline __attribute__((always_inline)) void dots(int rows, int64_t K, const float *X, int64_t ldx, const void *w,
                                                        kl_dtype type, float beta, float *y, int64_t ldy)
 {
-    kl_v even[FEW_ROWS] = {{0}}, odd[FEW_ROWS] = {{0}};
+    kl_v even[KL_FEW_ROWS] = {{0}}, odd[KL_FEW_ROWS] = {{0}};
     int64_t k = 0;
     for (; k + 2 * KL_LANES <= K; k += 2 * KL_LANES) {
-        kl_v w0 = load_weight(w, type, k, KL_LANES), w1 = load_weight(w, type, k + KL_LANES, KL_LANES);
+        kl_v w0 = kl_vload_as(w, type, k, KL_LANES), w1 = kl_vload_as(w, type, k + KL_LANES, KL_LANES);
         for (int m = 0; m < rows; m++) {
             even[m] += kl_vload(X + m * ldx + k) * w0;
             odd[m] += kl_vload(X + m * ldx + k + KL_LANES) * w1;
@@ -68,7 +57,7 @@ static inline __attribute__((always_inline)) void dots(int rows, int64_t K, cons
     }
     for (; k < K; k += KL_LANES) {
         int64_t n = K - k < KL_LANES ? K - k : KL_LANES;
-        kl_v w0 = load_weight(w, type, k, n);
+        kl_v w0 = kl_vload_as(w, type, k, n);
         for (int m = 0; m < rows; m++)
             even[m] += (n == KL_LANES ? kl_vload(X + m * ldx + k) : kl_vload_n(X + m * ldx + k, n)) * w0;
     }
@@ -111,32 +100,81 @@ static const float *weight_tile(float *scratch, const void *W, kl_dtype type, in
     return scratch;
 }
 
+/* A tile of rows of W against M rows of X. */
+static void linear_tile(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, kl_dtype type, int64_t ldw,
+                        float beta, float *Y, int64_t ldy)
+{
+    float scratch[TILE_N * TILE_K];
+    int64_t step = type == KL_F32 ? K : TILE_K;
+    if (K <= 0)
+        kl_gemm_serial(KL_N, KL_T, M, N, 0, 1.0f, NULL, 0, NULL, 0, beta, Y, ldy);
+    for (int64_t k = 0; k < K; k += step) {
+        int64_t kt = K - k < step ? K - k : step, ld;
+        const float *w = weight_tile(scratch, W, type, ldw, 0, N, k, kt, &ld);
+        kl_gemm_serial(KL_N, KL_T, M, N, kt, 1.0f, X + k, ldx, w, ld, k ? 1.0f : beta, Y, ldy);
+    }
+}
+
+/* A tile of columns of W against M rows of dY. */
+static void linear_dx_tile(int64_t M, int64_t N, int64_t K, const float *dY, int64_t ldy, const void *W, kl_dtype type, int64_t ldw,
+                           float beta, float *dX, int64_t ldx)
+{
+    float scratch[TILE_K * TILE_N];
+    int64_t step = type == KL_F32 ? N : TILE_K;
+    if (N <= 0)
+        kl_gemm_serial(KL_N, KL_N, M, K, 0, 1.0f, NULL, 0, NULL, 0, beta, dX, ldx);
+    for (int64_t n = 0; n < N; n += step) {
+        int64_t nt = N - n < step ? N - n : step, ld;
+        const float *w = weight_tile(scratch, W, type, ldw, n, nt, 0, K, &ld);
+        kl_gemm_serial(KL_N, KL_N, M, K, nt, 1.0f, dY + n, ldy, w, ld, n ? 1.0f : beta, dX, ldx);
+    }
+}
+
+static const void *at(const void *W, kl_dtype type, int64_t offset) { return (const char *)W + (size_t)offset * kl_dtype_size(type); }
+
+void kl_linear_serial(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, kl_dtype type, int64_t ldw,
+                      float beta, float *Y, int64_t ldy)
+{
+    if (M <= 0 || N <= 0)
+        return;
+    if (M <= KL_FEW_ROWS) {
+        for (int64_t n = 0; n < N; n++)
+            few_rows(M, K, X, ldx, at(W, type, n * ldw), type, beta, Y + n, ldy);
+        return;
+    }
+    int64_t tile = type == KL_F32 ? N : TILE_N;
+    for (int64_t n = 0; n < N; n += tile)
+        linear_tile(M, N - n < tile ? N - n : tile, K, X, ldx, at(W, type, n * ldw), type, ldw, beta, Y + n, ldy);
+}
+
+void kl_linear_dx_serial(int64_t M, int64_t N, int64_t K, const float *dY, int64_t ldy, const void *W, kl_dtype type, int64_t ldw,
+                         float beta, float *dX, int64_t ldx)
+{
+    if (M <= 0 || K <= 0)
+        return;
+    int64_t tile = type == KL_F32 ? K : TILE_N;
+    for (int64_t k = 0; k < K; k += tile)
+        linear_dx_tile(M, N, K - k < tile ? K - k : tile, dY, ldy, at(W, type, k), type, ldw, beta, dX + k, ldx);
+}
+
 void kl_linear(const kl_ctx *ctx, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx,
                const void *W, kl_dtype type, int64_t ldw, float beta, float *Y, int64_t ldy)
 {
     if (M <= 0 || N <= 0)
         return;
-    if (M <= FEW_ROWS) {
+    if (M <= KL_FEW_ROWS) {
 #pragma omp parallel for schedule(static) num_threads(ctx->threads) if (N * K > 8192)
         for (int64_t n = 0; n < N; n++)
-            few_rows(M, K, X, ldx, (const char *)W + (size_t)(n * ldw) * kl_dtype_size(type), type, beta, Y + n, ldy);
+            few_rows(M, K, X, ldx, at(W, type, n * ldw), type, beta, Y + n, ldy);
         return;
     }
     int64_t rows = kl_ceil_div(M, TILE_M), columns = kl_ceil_div(N, TILE_N);
-    int64_t step = type == KL_F32 ? K : TILE_K;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(ctx->threads)
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < columns; j++) {
-            float scratch[TILE_N * TILE_K];
             int64_t m = i * TILE_M, n = j * TILE_N;
-            int64_t mt = M - m < TILE_M ? M - m : TILE_M, nt = N - n < TILE_N ? N - n : TILE_N;
-            for (int64_t k = 0; k < K || k == 0; k += step) {
-                int64_t kt = K - k < step ? K - k : step, ld;
-                const float *w = weight_tile(scratch, W, type, ldw, n, nt, k, kt, &ld);
-                kl_gemm_serial(KL_N, KL_T, mt, nt, kt, 1.0f, X + m * ldx + k, ldx, w, ld, k ? 1.0f : beta, Y + m * ldy + n, ldy);
-                if (K == 0)
-                    break;
-            }
+            linear_tile(M - m < TILE_M ? M - m : TILE_M, N - n < TILE_N ? N - n : TILE_N, K, X + m * ldx, ldx, at(W, type, n * ldw), type,
+                        ldw, beta, Y + m * ldy + n, ldy);
         }
     }
 }
@@ -147,20 +185,12 @@ void kl_linear_dx(const kl_ctx *ctx, int64_t M, int64_t N, int64_t K, const floa
     if (M <= 0 || K <= 0)
         return;
     int64_t rows = kl_ceil_div(M, TILE_M), columns = kl_ceil_div(K, TILE_N);
-    int64_t step = type == KL_F32 ? N : TILE_K;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(ctx->threads)
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < columns; j++) {
-            float scratch[TILE_K * TILE_N];
             int64_t m = i * TILE_M, k = j * TILE_N;
-            int64_t mt = M - m < TILE_M ? M - m : TILE_M, kt = K - k < TILE_N ? K - k : TILE_N;
-            for (int64_t n = 0; n < N || n == 0; n += step) {
-                int64_t nt = N - n < step ? N - n : step, ld;
-                const float *w = weight_tile(scratch, W, type, ldw, n, nt, k, kt, &ld);
-                kl_gemm_serial(KL_N, KL_N, mt, kt, nt, 1.0f, dY + m * ldy + n, ldy, w, ld, n ? 1.0f : beta, dX + m * ldx + k, ldx);
-                if (N == 0)
-                    break;
-            }
+            linear_dx_tile(M - m < TILE_M ? M - m : TILE_M, N, K - k < TILE_N ? K - k : TILE_N, dY + m * ldy, ldy, at(W, type, k), type,
+                           ldw, beta, dX + m * ldx + k, ldx);
         }
     }
 }

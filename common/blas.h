@@ -24,14 +24,21 @@ void kl_gemm_serial(kl_op ta, kl_op tb, int64_t M, int64_t N, int64_t K, float a
                     const float *A, int64_t lda, const float *B, int64_t ldb, float beta, float *C, int64_t ldc);
 
 /* Y[M,N] = X[M,K] W[N,K]^T + beta Y with the weight read in its own type (F32, BF16, F16) and never
- * copied whole. Few rows stream the weight once through dot products; a row's bits then do not depend on
- * the other rows. Many rows go through OpenBLAS tile by tile. */
+ * copied whole. Up to KL_FEW_ROWS rows stream the weight once through dot products; the bits of an element
+ * then depend on its row of X and its row of W alone. More rows go through OpenBLAS tile by tile. */
+enum { KL_FEW_ROWS = 8 };
 void kl_linear(const kl_ctx *ctx, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx,
                const void *W, kl_dtype wtype, int64_t ldw, float beta, float *Y, int64_t ldy);
 
-/* X[M,K] (+)= dY[M,N] W[N,K]: the input gradient of kl_linear, weight in its own type. */
+/* dX[M,K] = dY[M,N] W[N,K] + beta dX: the input gradient of kl_linear, weight in its own type. */
 void kl_linear_dx(const kl_ctx *ctx, int64_t M, int64_t N, int64_t K, const float *dY, int64_t ldy,
                   const void *W, kl_dtype wtype, int64_t ldw, float beta, float *dX, int64_t ldx);
+
+/* The same two on one thread, for callers that are already parallel. */
+void kl_linear_serial(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx,
+                      const void *W, kl_dtype wtype, int64_t ldw, float beta, float *Y, int64_t ldy);
+void kl_linear_dx_serial(int64_t M, int64_t N, int64_t K, const float *dY, int64_t ldy,
+                         const void *W, kl_dtype wtype, int64_t ldw, float beta, float *dX, int64_t ldx);
 
 /* OpenBLAS shall use one thread a call: the parallelism is ours. Process-wide in OpenBLAS. */
 void kl_blas_single_threaded(void);

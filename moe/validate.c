@@ -1,0 +1,92 @@
+#include "moe/moe.h"
+
+static bool float_type(kl_dtype t) { return t == KL_F32 || t == KL_BF16 || t == KL_F16; }
+
+static kl_status check_dtypes(const kl_ctx *ctx, const moe_problem *p)
+{
+    KL_REQUIRE(float_type(p->dtype), "moe: dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->dtype));
+    if (!ctx || ctx->device == KL_CPU)
+        KL_REQUIRE(p->dtype == KL_F32, "moe: dtype: expected float32 on the cpu, got %s", kl_dtype_name(p->dtype));
+    KL_REQUIRE(float_type(p->weight_dtype), "moe: weight_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->weight_dtype));
+    KL_REQUIRE(p->E == 0 || float_type(p->router_dtype), "moe: router_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->router_dtype));
+    return kl_ok();
+}
+
+static kl_status check_sizes(const moe_problem *p)
+{
+    const struct { const char *name; int64_t value, low, high; } sizes[] = {
+        {"T", p->T, 0, INT32_MAX}, {"D", p->D, 1, 1 << 24}, {"E", p->E, 0, 1 << 20}, {"Is", p->Is, 0, 1 << 24},
+        {"I", p->I, p->E ? 1 : 0, 1 << 24}, {"top_k", p->top_k, p->E ? 1 : 0, p->E ? p->E : INT32_MAX},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        KL_REQUIRE(sizes[i].value >= sizes[i].low && sizes[i].value <= sizes[i].high, "moe: %s: expected %lld to %lld, got %lld",
+                   sizes[i].name, (long long)sizes[i].low, (long long)sizes[i].high, (long long)sizes[i].value);
+    return kl_ok();
+}
+
+static kl_status check_groups(const moe_problem *p)
+{
+    if (p->E == 0)
+        return kl_ok();
+    KL_REQUIRE(p->n_group >= 0 && p->n_group <= p->E, "moe: n_group: expected 0 to E = %lld, got %lld", (long long)p->E, (long long)p->n_group);
+    if (p->n_group <= 1)
+        return kl_ok();
+    KL_REQUIRE(p->E % p->n_group == 0, "moe: n_group: expected a divisor of E = %lld, got %lld", (long long)p->E, (long long)p->n_group);
+    KL_REQUIRE(p->topk_group >= 1 && p->topk_group <= p->n_group, "moe: topk_group: expected 1 to n_group = %lld, got %lld",
+               (long long)p->n_group, (long long)p->topk_group);
+    int64_t reach = p->topk_group * (p->E / p->n_group);
+    KL_REQUIRE(p->top_k <= reach, "moe: top_k: expected at most %lld, the experts of topk_group groups, got %lld", (long long)reach, (long long)p->top_k);
+    return kl_ok();
+}
+
+static kl_status check_pointers(const moe_problem *p)
+{
+    if (p->T > 0) {
+        KL_REQUIRE(p->x, "moe: x: expected [%lld,%lld], got NULL", (long long)p->T, (long long)p->D);
+        KL_REQUIRE(p->x != p->y, "moe: y: expected memory of its own, got x");
+    }
+    if (p->E > 0) {
+        KL_REQUIRE(p->router, "moe: router: expected [%lld,%lld], got NULL", (long long)p->E, (long long)p->D);
+        const struct { const char *name; const void *const *w; } lists[] = {{"w1", p->w1}, {"w3", p->w3}, {"w2", p->w2}};
+        for (int i = 0; i < 3; i++) {
+            KL_REQUIRE(lists[i].w, "moe: %s: expected %lld pointers, got NULL", lists[i].name, (long long)p->E);
+            for (int64_t e = 0; e < p->E; e++)
+                KL_REQUIRE(lists[i].w[e], "moe: %s[%lld]: expected a weight, got NULL", lists[i].name, (long long)e);
+        }
+    }
+    if (p->Is > 0) {
+        KL_REQUIRE(p->shared_w1, "moe: shared_w1: expected [%lld,%lld], got NULL", (long long)p->Is, (long long)p->D);
+        KL_REQUIRE(p->shared_w3, "moe: shared_w3: expected [%lld,%lld], got NULL", (long long)p->Is, (long long)p->D);
+        KL_REQUIRE(p->shared_w2, "moe: shared_w2: expected [%lld,%lld], got NULL", (long long)p->D, (long long)p->Is);
+    }
+    return kl_ok();
+}
+
+/* Sizes, dtypes and options, before any tensor is looked at. */
+static kl_status check_shape(const kl_ctx *ctx, const moe_problem *p)
+{
+    KL_TRY(check_dtypes(ctx, p));
+    KL_TRY(check_sizes(p));
+    KL_TRY(check_groups(p));
+    KL_REQUIRE(p->router_kind == MOE_SIGMOID || p->router_kind == MOE_SOFTMAX, "moe: router_kind: expected sigmoid (0) or softmax (1), got %d", (int)p->router_kind);
+    KL_REQUIRE(p->scale - p->scale == 0.0f, "moe: scale: expected a finite number, got %g", (double)p->scale);
+    return kl_ok();
+}
+
+kl_status moe_validate(const kl_ctx *ctx, const moe_problem *p)
+{
+    KL_REQUIRE(p, "moe: problem: expected one, got NULL");
+    KL_TRY(check_shape(ctx, p));
+    return ctx ? check_pointers(p) : kl_ok();
+}
+
+kl_status moe_validate_grads(const moe_problem *p, const moe_grads *g)
+{
+    KL_REQUIRE(p && g, "moe: %s: expected one, got NULL", p ? "grads" : "problem");
+    KL_REQUIRE(g->dy || p->T == 0, "moe: dy: expected [%lld,%lld], got NULL", (long long)p->T, (long long)p->D);
+    if (g->dx && p->T > 0) {
+        KL_REQUIRE(g->dx != p->x, "moe: dx: expected memory of its own, got x");
+        KL_REQUIRE(g->dx != g->dy, "moe: dx: expected memory of its own, got dy");
+    }
+    return kl_ok();
+}
