@@ -12,9 +12,15 @@ typedef struct kl_model {
     const kl_ops *ops;
     kl_config config;
     kl_weights weights;
-    const char *kda_variant, *mla_variant, *moe_variant; /* pinned by name, or NULL: dispatch by shape */
+    /* Pinned by name, or NULL: dispatch by shape. A pinned variant without a backward pass leaves that one to dispatch. */
+    const char *kda_variant, *mla_variant, *moe_variant;
+    int64_t *expert_load;     /* [layers,E]; NULL: not counted. kl_model_loss adds how many tokens chose each expert */
+    /* private */
     void *workspace;          /* grows between calls, never inside a kernel call */
     size_t workspace_bytes;
+    int64_t *index;           /* host memory: positions and rows of the current call's tokens */
+    size_t index_count;
+    float *unit_taps;         /* [P] ones, when the model has no short convolution */
 } kl_model;
 
 kl_status kl_model_open(kl_model **m, kl_ctx *ctx, const char *dir);                       /* maps a checkpoint */
