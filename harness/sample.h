@@ -15,7 +15,8 @@ typedef struct kl_sampling {
 } kl_sampling;
 
 kl_status kl_sampling_validate(const kl_sampling *s);
-/* logits [vocab] are scratch. seen: ids so far. Order: penalty, temperature, top-k, top-p, min-p. scratch: [vocab] ints. */
+/* logits [vocab] are scratch. seen: ids so far. Order: penalty, temperature, top-k, top-p, min-p. scratch: [vocab] ints.
+ * Unless greedy, one uniform number is drawn. -1: no logit is a number. */
 int32_t kl_sample(const kl_sampling *s, kl_rng *rng, float *logits, int64_t vocab, const int32_t *seen, int64_t seen_count, int32_t *scratch);
 
 #endif
