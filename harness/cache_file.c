@@ -15,6 +15,7 @@
 
 #include "harness/cache_internal.h"
 #include "harness/file.h"
+#include "harness/model_internal.h"
 
 enum { VERSION = 1, TAG = 64 };
 static const char MAGIC[8] = "KLCACHE";
@@ -48,29 +49,6 @@ static uint64_t fnv(uint64_t sum, const void *data, size_t bytes)
     for (; i < bytes; i++)
         sum = (sum ^ p[i]) * FNV_PRIME;
     return sum;
-}
-
-static uint64_t fnv_int(uint64_t sum, int64_t x) { return fnv(sum, &x, sizeof x); }
-static uint64_t fnv_float(uint64_t sum, float x) { return fnv(sum, &x, sizeof x); }
-
-/* Everything that decides what the numbers in a slot mean. */
-static uint64_t fingerprint(const kl_config *c)
-{
-    uint64_t s = FNV_START;
-    s = fnv_int(s, c->vocab_size), s = fnv_int(s, c->hidden_size), s = fnv_int(s, c->num_layers);
-    s = fnv_float(s, c->rms_norm_eps), s = fnv_int(s, c->dtype);
-    s = fnv(s, c->mixer, (size_t)c->num_layers), s = fnv(s, c->sparse, (size_t)c->num_layers);
-    s = fnv_int(s, c->kda_heads), s = fnv_int(s, c->kda_head_dim), s = fnv_int(s, c->conv_width);
-    s = fnv_int(s, c->gate), s = fnv_float(s, c->gate_lower_bound), s = fnv_int(s, c->gate_values);
-    s = fnv_int(s, c->beta_kind), s = fnv_int(s, c->output_gate);
-    s = fnv_int(s, c->num_heads), s = fnv_int(s, c->kv_lora_rank), s = fnv_int(s, c->qk_nope_head_dim);
-    s = fnv_int(s, c->qk_rope_head_dim), s = fnv_int(s, c->v_head_dim), s = fnv_int(s, c->mla_use_nope);
-    s = fnv_float(s, c->rope_theta), s = fnv_float(s, c->kv_a_norm_eps);
-    s = fnv_int(s, c->intermediate_size), s = fnv_int(s, c->num_experts), s = fnv_int(s, c->top_k);
-    s = fnv_int(s, c->num_shared_experts), s = fnv_int(s, c->moe_intermediate_size), s = fnv_int(s, c->n_group);
-    s = fnv_int(s, c->topk_group), s = fnv_int(s, c->router_kind), s = fnv_int(s, c->moe_renormalize);
-    s = fnv_int(s, c->moe_biased_weights), s = fnv_float(s, c->routed_scaling_factor);
-    return s;
 }
 
 typedef struct tally {
@@ -125,7 +103,7 @@ kl_status kl_cache_save(const kl_cache *cache, int64_t slot, const char *path)
     h.version = VERSION;
     h.order = BYTE_ORDER_MARK;
     layout_tag(cache, h.layout);
-    h.fingerprint = fingerprint(&cache->config);
+    h.fingerprint = kl_model_fingerprint(&cache->config);
     h.length = length;
     memcpy(h.bytes, t.bytes, sizeof h.bytes);
     h.payload_sum = t.sum;
@@ -161,9 +139,9 @@ static kl_status check_header(const kl_cache *cache, const header *h, size_t siz
     layout_tag(cache, tag);
     if (memcmp(h->layout, tag, TAG) != 0)
         BAD("%s: expected layout \"%s\", got \"%.*s\"", name, tag, TAG, h->layout);
-    if (h->fingerprint != fingerprint(&cache->config))
+    if (h->fingerprint != kl_model_fingerprint(&cache->config))
         BAD("%s: expected a cache of this model's configuration (fingerprint %016llx), got another's (%016llx)", name,
-            (unsigned long long)fingerprint(&cache->config), (unsigned long long)h->fingerprint);
+            (unsigned long long)kl_model_fingerprint(&cache->config), (unsigned long long)h->fingerprint);
     if (h->length < 0 || h->length > cache->capacity)
         BAD("%s: expected at most %lld tokens, the cache's capacity, got %lld", name, (long long)cache->capacity, (long long)h->length);
     tally t = {.sum = 0};

@@ -15,6 +15,7 @@ typedef struct kl_model {
     /* Pinned by name, or NULL: dispatch by shape. A pinned variant without a backward pass leaves that one to dispatch. */
     const char *kda_variant, *mla_variant, *moe_variant;
     int64_t *expert_load;     /* [layers,E]; NULL: not counted. kl_model_loss adds how many tokens chose each expert */
+    size_t keep_bytes;        /* activations that kl_model_loss may keep for its backward pass instead of recomputing; 0: 1 GiB */
     /* private */
     void *workspace;          /* grows between calls, never inside a kernel call */
     size_t workspace_bytes;

@@ -1,10 +1,10 @@
 /* Loss and gradients. The stream before every layer is kept; what a layer computes inside is kept too while that
- * fits KEEP_BYTES, and recomputed from the stream otherwise: the same operations, the same bits. */
+ * fits the model's keep_bytes, and recomputed from the stream otherwise: the same operations, the same bits. */
 #include <stdlib.h>
 
 #include "harness/model_internal.h"
 
-#define KEEP_BYTES ((size_t)1 << 30)
+static const size_t KEEP_BYTES = (size_t)1 << 30;
 
 typedef struct buffers {
     float **stream;         /* [layers+1] -> [T,D] before layer l; the last one after them all */
@@ -47,7 +47,7 @@ static kl_status lay_out(kl_call *c, bool gradients, buffers *b)
     const kl_model *m = c->m;
     b->kept = gradients;
     if (gradients)
-        b->kept = carve(kl_arena_count(), c, true, b) <= KEEP_BYTES;
+        b->kept = carve(kl_arena_count(), c, true, b) <= (m->keep_bytes ? m->keep_bytes : KEEP_BYTES);
     size_t acts = carve(kl_arena_count(), c, gradients, b);
     if (acts == SIZE_MAX)
         return kl_error(KL_ENOMEM, "workspace: %lld tokens need more memory than can be addressed", (long long)c->T);

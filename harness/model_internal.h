@@ -87,6 +87,9 @@ kl_status kl_layer_forward(const kl_call *c, int64_t l, const float *in, const k
 /* Checks the batch (and the cache, when there is one), then fills the call, its index arrays included. */
 kl_status kl_call_begin(kl_call *c, kl_model *m, const kl_batch *batch, kl_cache *cache);
 
+/* Files of another model are told by it: cache files, training states. */
+uint64_t kl_model_fingerprint(const kl_config *c);
+
 /* Makes the workspace at least that large; its content may be lost. */
 kl_status kl_model_reserve(kl_model *m, size_t bytes);
 
