@@ -143,7 +143,7 @@ kl_status kl_model_loss(kl_model *m, const kl_batch *batch, const int32_t *targe
     KL_REQUIRE(loss, "loss: expected a place for it, got NULL");
     kl_call c;
     KL_TRY(kl_call_begin(&c, m, batch, NULL));
-    int64_t counted;
+    int64_t counted = 0;
     KL_TRY(check_targets(&c, targets, &counted));
     *loss = 0;
     if (tokens)
