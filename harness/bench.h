@@ -1,0 +1,77 @@
+/* Time, rate, fraction of the machine's ceiling and error of every variant, one row a case. */
+#ifndef KL_HARNESS_BENCH_H
+#define KL_HARNESS_BENCH_H
+
+#include "common/timer.h"
+#include "harness/problem.h"
+#include "harness/report.h"
+
+/* What this machine reaches at best with these threads, measured in the same run. */
+typedef struct kl_ceilings {
+    double copy_gbps;   /* bytes read and written of a large copy */
+    double read_gbps;   /* of reading a large array */
+    double gemm_tflops; /* of a float32 matrix product */
+} kl_ceilings;
+kl_status kl_ceilings_measure(kl_ctx *ctx, kl_ceilings *c);
+
+/* One case of --shapes; which keys apply is the family's affair. 0: the default that the family's builder has. */
+enum { KL_SHAPE_LENGTHS = 64, KL_SHAPES = 64 };
+typedef struct kl_shape {
+    int64_t B, T, H, HV, K, V, G, C;          /* kda */
+    int64_t N, Tq, R, Dn, Dr, Dv;             /* mla */
+    int64_t D, E, I, Is, top_k;               /* moe */
+    int64_t new_tokens;                       /* model: tokens to decode */
+    kl_dtype latent, weight;
+    int64_t lengths[KL_SHAPE_LENGTHS];
+    int64_t length_count;                     /* 0: not packed */
+} kl_shape;
+
+/* "T=4096,H=4;T=8192": cases between semicolons, each starting from the one before it, the first from *first. Keys that
+ * the family ("kda", "mla", "moe", "model") does not know are refused by name. */
+kl_status kl_shapes_parse(const char *family, const char *text, const kl_shape *first, kl_shape *shapes, int *count);
+
+typedef enum kl_bench_pass { KL_BENCH_FWD = 0, KL_BENCH_BWD, KL_BENCH_DECODE, KL_BENCH_PREFILL, KL_BENCH_FWDBWD, KL_BENCH_PASSES } kl_bench_pass;
+const char *kl_bench_pass_name(kl_bench_pass p);
+
+typedef struct kl_bench {
+    kl_ctx *ctx;
+    kl_provenance provenance;
+    kl_ceilings ceilings;
+    kl_regime regime;
+    const char *variant;      /* the one variant to time; NULL: all */
+    bool pass[KL_BENCH_PASSES]; /* which to run */
+    int runs;                 /* 0: as many as fit a short while, at least 3 */
+    kl_lines lines;           /* the rows, for --json */
+    bool quiet;               /* no table on standard output */
+    int rows;
+    bool wrong;               /* an error was beyond its limit */
+    kl_scratch scratch;
+} kl_bench;
+
+/* A finished measurement. bytes, flops: the least that the problem needs; err NaN: not measured. */
+typedef struct kl_bench_row {
+    const char *family, *variant, *gate; /* gate NULL: does not apply */
+    kl_bench_pass pass;
+    const kl_shape *shape;
+    kl_spread seconds;
+    kl_cost cost;
+    double memory_gbps;       /* the ceiling that its bytes are held against */
+    const char *memory_name;
+    double err, err_limit;
+    int64_t err_T;            /* tokens of the problem that the error was taken on; 0: the timed one */
+    size_t workspace_bytes, peak_bytes;
+} kl_bench_row;
+kl_status kl_bench_emit(kl_bench *b, const kl_bench_row *row);
+
+/* Times calls of fn after one call to warm up. */
+typedef kl_status (*kl_bench_fn)(void *user);
+kl_status kl_bench_time(const kl_bench *b, kl_bench_fn fn, void *user, kl_spread *seconds);
+
+/* Every variant of the family (kda: DPLR beside it) at every shape, then the ratios that are asked of it. */
+kl_status kl_bench_family(kl_bench *b, kl_family family, const kl_shape *shapes, int count);
+
+struct kl_model;
+/* Prefill, decode and, where asked, a training step of a model. */
+kl_status kl_bench_model(kl_bench *b, struct kl_model *m, const kl_shape *shapes, int count);
+
+#endif

@@ -1,0 +1,123 @@
+#include <stddef.h>
+#include <string.h>
+
+#include "harness/bench.h"
+#include "harness/cli.h"
+
+/* Which key sets which field, for which families. */
+static const struct shape_key {
+    const char *name, *families;
+    size_t offset;
+    int64_t low, high;
+} keys[] = {
+    {"B", "kda model", offsetof(kl_shape, B), 1, 1 << 24},
+    {"T", "kda mla moe model", offsetof(kl_shape, T), 0, INT64_C(1) << 36},
+    {"H", "kda mla", offsetof(kl_shape, H), 1, 4096},
+    {"HV", "kda", offsetof(kl_shape, HV), 1, 65536},
+    {"K", "kda", offsetof(kl_shape, K), 1, KDA_MAX_DIM},
+    {"V", "kda", offsetof(kl_shape, V), 1, KDA_MAX_DIM},
+    {"G", "kda", offsetof(kl_shape, G), 0, KDA_MAX_DIM},
+    {"C", "kda model", offsetof(kl_shape, C), 1, 1 << 24},
+    {"N", "mla", offsetof(kl_shape, N), 1, 1 << 24},
+    {"Tq", "mla", offsetof(kl_shape, Tq), 0, INT64_C(1) << 36},
+    {"R", "mla", offsetof(kl_shape, R), 1, 4096},
+    {"Dn", "mla", offsetof(kl_shape, Dn), 0, 4096},
+    {"Dr", "mla", offsetof(kl_shape, Dr), 0, 4096},
+    {"Dv", "mla", offsetof(kl_shape, Dv), 1, 4096},
+    {"D", "moe", offsetof(kl_shape, D), 1, 1 << 20},
+    {"E", "moe", offsetof(kl_shape, E), 0, 65536},
+    {"I", "moe", offsetof(kl_shape, I), 0, 1 << 20},
+    {"Is", "moe", offsetof(kl_shape, Is), 0, 1 << 20},
+    {"top_k", "moe", offsetof(kl_shape, top_k), 1, 65536},
+    {"new", "model", offsetof(kl_shape, new_tokens), 1, 1 << 24},
+};
+enum { KEYS = sizeof keys / sizeof *keys };
+
+static bool has_word(const char *list, const char *word)
+{
+    size_t n = strlen(word);
+    for (const char *at = list; (at = strstr(at, word)); at += n)
+        if ((at == list || at[-1] == ' ') && (at[n] == ' ' || !at[n]))
+            return true;
+    return false;
+}
+
+static kl_status unknown_key(const char *family, const char *name)
+{
+    char known[256] = "";
+    for (int i = 0; i < KEYS; i++) {
+        size_t used = strlen(known);
+        if (has_word(keys[i].families, family))
+            snprintf(known + used, sizeof known - used, "%s%s", used ? ", " : "", keys[i].name);
+    }
+    const char *more = strcmp(family, "kda") == 0 ? ", lengths" : strcmp(family, "mla") == 0 ? ", lengths, latent, weight"
+                     : strcmp(family, "moe") == 0 ? ", weight" : "";
+    return kl_error(KL_EINVAL, "--shapes: %s has no key '%s'; it has %s%s", family, name, known, more);
+}
+
+static kl_status parse_dtype(const char *name, const char *text, bool half, kl_dtype *out)
+{
+    *out = strcmp(text, "bf16") == 0 ? KL_BF16 : strcmp(text, "f16") == 0 && half ? KL_F16 : KL_F32;
+    KL_REQUIRE(*out != KL_F32 || strcmp(text, "f32") == 0, "--shapes: %s: expected f32%s or bf16, got '%s'", name, half ? ", f16" : "", text);
+    return kl_ok();
+}
+
+static kl_status parse_lengths(char *text, kl_shape *s)
+{
+    char *item;
+    s->length_count = 0;
+    while ((item = strsep(&text, "+"))) {
+        KL_REQUIRE(s->length_count < KL_SHAPE_LENGTHS, "--shapes: lengths: expected at most %d", KL_SHAPE_LENGTHS);
+        KL_TRY(cli_tokens("--shapes: lengths", item, &s->lengths[s->length_count++]));
+    }
+    return kl_ok();
+}
+
+static kl_status set_key(const char *family, const char *name, char *value, kl_shape *s)
+{
+    bool packed = strcmp(family, "kda") == 0 || strcmp(family, "mla") == 0;
+    if (strcmp(name, "lengths") == 0 && packed)
+        return parse_lengths(value, s);
+    if (strcmp(name, "latent") == 0 && strcmp(family, "mla") == 0)
+        return parse_dtype(name, value, false, &s->latent);
+    if (strcmp(name, "weight") == 0 && (strcmp(family, "mla") == 0 || strcmp(family, "moe") == 0))
+        return parse_dtype(name, value, true, &s->weight);
+    for (int i = 0; i < KEYS; i++) {
+        if (strcmp(name, keys[i].name) != 0 || !has_word(keys[i].families, family))
+            continue;
+        int64_t n;
+        char label[48];
+        snprintf(label, sizeof label, "--shapes: %s", name);
+        KL_TRY(cli_tokens(label, value, &n));
+        KL_REQUIRE(n >= keys[i].low && n <= keys[i].high, "%s: expected %lld to %lld, got %s", label, (long long)keys[i].low,
+                   (long long)keys[i].high, value);
+        memcpy((char *)s + keys[i].offset, &n, sizeof n);
+        if (strcmp(name, "T") == 0)
+            s->length_count = 0;
+        if (strcmp(name, "G") == 0 && n == 0)
+            s->G = -1;
+        return kl_ok();
+    }
+    return unknown_key(family, name);
+}
+
+kl_status kl_shapes_parse(const char *family, const char *text, const kl_shape *first, kl_shape *shapes, int *count)
+{
+    char copy[4096], *rest = copy, *one;
+    KL_REQUIRE(strlen(text) < sizeof copy, "--shapes: expected at most %zu characters", sizeof copy - 1);
+    strcpy(copy, text);
+    kl_shape s = *first;
+    *count = 0;
+    while ((one = strsep(&rest, ";"))) {
+        char *pair;
+        KL_REQUIRE(*count < KL_SHAPES, "--shapes: expected at most %d cases", KL_SHAPES);
+        while ((pair = strsep(&one, ","))) {
+            char *value = strchr(pair, '=');
+            KL_REQUIRE(value && value != pair && value[1], "--shapes: expected KEY=VALUE, got '%s'", pair);
+            *value = '\0';
+            KL_TRY(set_key(family, pair, value + 1, &s));
+        }
+        shapes[(*count)++] = s;
+    }
+    return kl_ok();
+}
