@@ -9,6 +9,7 @@
 #include "harness/report.h"
 
 static const cli_command commands[] = {
+    {"info", "a model's configuration, parameters and cache sizes", cli_info},
     {NULL, NULL, NULL},
 };
 
