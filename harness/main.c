@@ -10,6 +10,7 @@
 
 static const cli_command commands[] = {
     {"info", "a model's configuration, parameters and cache sizes", cli_info},
+    {"tokenize", "text to ids and back; learn a vocabulary", cli_tokenize},
     {NULL, NULL, NULL},
 };
 
