@@ -60,7 +60,7 @@ typedef struct run {
 
 static kl_status own_weights(kl_model *m)
 {
-    if (m->weights.owned)
+    if (!m->weights.mapping)
         return kl_ok();
     kl_weights copy;
     KL_TRY(kl_weights_to_f32(&copy, &m->weights, &m->config));
