@@ -9,6 +9,8 @@
 #include "harness/file.h"
 #include "harness/train_internal.h"
 
+enum { PASS_TOKENS = 1024 };
+
 kl_train_options kl_train_defaults(void)
 {
     return (kl_train_options){
@@ -26,6 +28,7 @@ static kl_status check(const kl_model *m, const kl_train_options *o)
     KL_REQUIRE(o->out_dir && *o->out_dir, "out_dir: expected a directory");
     KL_REQUIRE(o->steps >= 1, "steps: expected at least 1, got %lld", (long long)o->steps);
     KL_REQUIRE(o->batch >= 1 && o->batch <= 1 << 20, "batch: expected 1 to %d sequences, got %lld", 1 << 20, (long long)o->batch);
+    KL_REQUIRE(o->micro_batch >= 0, "micro_batch: expected 0 (by size) or more sequences, got %lld", (long long)o->micro_batch);
     KL_REQUIRE(o->context >= 1 && o->context <= 1 << 24, "context: expected 1 to %d tokens, got %lld", 1 << 24, (long long)o->context);
     KL_REQUIRE(m->config.max_length <= 0 || o->context <= m->config.max_length, "context: expected at most model_max_length = %lld tokens, got %lld",
                (long long)m->config.max_length, (long long)o->context);
@@ -153,6 +156,30 @@ static double balance(run *r)
     return E && mean > 0.0 ? most / mean : 0.0;
 }
 
+/* Sequences that go through the model together: enough tokens for full tiles, few enough that the activations of a layer
+ * stay near the caches. */
+static int64_t sequences_a_pass(const kl_train_options *o)
+{
+    int64_t n = o->micro_batch ? o->micro_batch : PASS_TOKENS / o->context;
+    return n < 1 ? 1 : n > o->batch ? o->batch : n;
+}
+
+/* Mean loss of the batch, and its gradient summed over the passes in their order. */
+static kl_status gradients(run *r, double *mean)
+{
+    const kl_train_options *o = r->o;
+    int64_t each = sequences_a_pass(o);
+    *mean = 0.0;
+    for (int64_t b = 0; b < o->batch; b += each) {
+        int64_t N = o->batch - b < each ? o->batch - b : each, at = b * o->context;
+        double loss, share = (double)N / (double)o->batch; /* sequences have equally many targets */
+        kl_batch batch = {.N = N, .cu = r->cu, .ids = r->ids + at};
+        KL_TRY(kl_model_loss(r->m, &batch, r->targets + at, &loss, NULL, &r->opt.grads, (float)share));
+        *mean += share * loss;
+    }
+    return kl_ok();
+}
+
 static kl_status one_step(run *r, kl_report *report)
 {
     const kl_train_options *o = r->o;
@@ -161,9 +188,8 @@ static kl_status one_step(run *r, kl_report *report)
     kl_corpus_draw(&r->data, o, step, r->ids, r->targets);
     for (int64_t i = 0; i < r->opt.count; i++)
         KL_TRY(m->ops->zero(m->ctx, r->opt.slots[i].g, r->opt.slots[i].n * sizeof(float)));
-    kl_batch batch = {.N = o->batch, .cu = r->cu, .ids = r->ids};
     m->expert_load = r->load;
-    kl_status s = kl_model_loss(m, &batch, r->targets, &report->loss, NULL, &r->opt.grads, 1.0f);
+    kl_status s = gradients(r, &report->loss);
     m->expert_load = NULL;
     KL_TRY(s);
     KL_TRY(gradient_norm(r, &report->grad_norm));
@@ -183,10 +209,10 @@ static kl_status validate(run *r, double *mean)
 {
     const kl_train_options *o = r->o;
     double sum = 0.0;
-    int64_t windows = 0;
+    int64_t windows = 0, each = sequences_a_pass(o);
     for (bool more = true; more;) {
         int64_t N = 0;
-        for (; N < o->batch && more; N += more)
+        for (; N < each && more; N += more)
             more = kl_corpus_held_out(&r->data, o, windows + N, r->ids + N * o->context, r->targets + N * o->context);
         if (N == 0)
             break;

@@ -9,7 +9,8 @@ typedef struct kl_train_options {
     const char *tokenizer_dir; /* NULL: byte level */
     const char *out_dir;       /* checkpoint and state go here */
     bool resume;               /* continue from out_dir; bit-exact */
-    int64_t steps, batch, context;
+    int64_t steps, batch, context; /* updates; sequences and tokens of each in an update */
+    int64_t micro_batch;       /* sequences that go through the model together; 0: about 1,024 tokens. Decides rounding, not meaning */
     double lr, min_lr, beta1, beta2, eps, weight_decay, clip; /* clip 0: none */
     int64_t warmup;            /* steps; then cosine to min_lr at `steps` */
     double bias_update_rate;   /* the router's choice bias moves by this much a step towards experts chosen less than the mean; 0: stays */

@@ -107,14 +107,14 @@ static void a_short_text_is_learnt(void **state)
     o.warmup = 10;
     o.validation = 0.2;
     o.eval_every = 50;
-    OK(train(&c, &o, 1, 0));
+    OK(train(&c, &o, 1, 1));
     double loss = logged(p.out, "loss"), held_out = logged(p.out, "val_loss");
     if (!(loss < 0.5) || !(held_out < 0.5)) /* log 260 = 5.6 at the start */
         fail_msg("after %d steps: loss %.3f, held out %.3f", (int)o.steps, loss, held_out);
     assert_true(logged(p.out, "step") == 100.0);
     assert_true(logged(p.out, "load_max") >= 1.0);
     /* what was saved is the model that was trained */
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_model *m;
     OK(kl_model_open(&m, ctx, p.out));
     int32_t ids[64], targets[64];
@@ -177,19 +177,19 @@ static void a_lost_stretch_is_run_again(void **state)
     snprintf(killed, sizeof killed, "%s/killed", p.dir);
     kl_train_options o = options_for(&p);
     o.out_dir = whole;
-    OK(train(&c, &o, 4, 0));
+    OK(train(&c, &o, 4, 1));
     volatile int stop = 1;
     o.out_dir = killed;
     o.stop = &stop;
-    REFUSED(train(&c, &o, 4, 0), KL_EINTR, "step 1");
+    REFUSED(train(&c, &o, 4, 1), KL_EINTR, "step 1");
     snprintf(command, sizeof command, "cp %s/training_state.safetensors %s/early", killed, p.dir);
     assert_int_equal(system(command), 0);
     o.resume = true;
-    REFUSED(train(&c, &o, 4, 0), KL_EINTR, "step 2");
+    REFUSED(train(&c, &o, 4, 1), KL_EINTR, "step 2");
     snprintf(command, sizeof command, "mv %s/early %s/training_state.safetensors", p.dir, killed);
     assert_int_equal(system(command), 0);
     stop = 0;
-    OK(train(&c, &o, 4, 0));
+    OK(train(&c, &o, 4, 1));
     assert_same_file(whole, killed, "training_state.safetensors");
     assert_same_file(whole, killed, "model.safetensors");
     size_t size;
@@ -210,22 +210,22 @@ static void resuming_another_run_is_refused(void **state)
     kl_train_options o = options_for(&p);
     o.steps = 2;
     o.resume = true;
-    REFUSED(train(&c, &o, 1, 0), KL_EIO, "resume");
+    REFUSED(train(&c, &o, 1, 1), KL_EIO, "resume");
     o.resume = false;
-    OK(train(&c, &o, 1, 0));
+    OK(train(&c, &o, 1, 1));
     o.resume = true;
     o.seed = 2;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "seed 1, now it is 2");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "seed 1, now it is 2");
     o.seed = 1, o.context = 25;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "context");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "context");
     o.context = 24, o.batch = 3;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "batch");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "batch");
     o.batch = 2;
-    REFUSED(train(&other, &o, 1, 0), KL_EINVAL, "model");
+    REFUSED(train(&other, &o, 1, 1), KL_EINVAL, "model");
     FILE *f = fopen(p.text, "r+");
     fputs("T", f); /* one letter is another */
     fclose(f);
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "text");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "text");
     f = fopen(p.text, "r+");
     fputs("t", f);
     fclose(f);
@@ -233,7 +233,7 @@ static void resuming_another_run_is_refused(void **state)
     char path[400];
     snprintf(path, sizeof path, "%s/training_state.safetensors", p.out);
     assert_int_equal(truncate(path, 5000), 0);
-    REFUSED(train(&c, &o, 1, 0), KL_EFORMAT, "training_state");
+    REFUSED(train(&c, &o, 1, 1), KL_EFORMAT, "training_state");
     remove_dir(p.dir);
 }
 
@@ -244,26 +244,26 @@ static void bad_options_are_named(void **state)
     kl_config c = byte_config();
     kl_train_options o = options_for(&p);
     o.data = "/nonexistent/text";
-    REFUSED(train(&c, &o, 1, 0), KL_EIO, "/nonexistent/text");
+    REFUSED(train(&c, &o, 1, 1), KL_EIO, "/nonexistent/text");
     o = options_for(&p), o.context = 300;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "context + 1 = 301");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "context + 1 = 301");
     o = options_for(&p), o.validation = 0.01;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "validation");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "validation");
     o = options_for(&p), o.steps = 0;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "steps");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "steps");
     o = options_for(&p), o.lr = NAN;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "lr");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "lr");
     o = options_for(&p), o.beta2 = 1.0;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "beta2");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "beta2");
     o = options_for(&p), o.warmup = 7;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "warmup");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "warmup");
     o = options_for(&p), o.out_dir = NULL;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "out_dir");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "out_dir");
     o = options_for(&p), o.save_dtype = KL_I32;
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "save_dtype");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "save_dtype");
     c.vocab_size = 100;
     o = options_for(&p);
-    REFUSED(train(&c, &o, 1, 0), KL_EINVAL, "vocab_size of 100");
+    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "vocab_size of 100");
     remove_dir(p.dir);
 }
 
@@ -272,7 +272,7 @@ static void a_broken_model_is_not_saved(void **state)
     (void)state;
     place p = make_place(5);
     kl_config c = byte_config();
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_model *m;
     OK(kl_model_random(&m, ctx, &c, 1));
     ((float *)m->weights.norm.data)[0] = NAN;
@@ -294,8 +294,8 @@ static void mapped_weights_can_be_trained(void **state)
     kl_train_options o = options_for(&p);
     o.steps = 2;
     o.save_dtype = KL_BF16;
-    OK(train(&c, &o, 1, 0));
-    kl_ctx *ctx = make_ctx(0);
+    OK(train(&c, &o, 1, 1));
+    kl_ctx *ctx = make_ctx(1);
     kl_model *m;
     OK(kl_model_open(&m, ctx, p.out));
     assert_int_equal(m->weights.embed.dtype, KL_BF16);
@@ -323,7 +323,7 @@ static void choice_bias_balances_the_experts(void **state)
     kl_config c = byte_config();
     double load[2];
     for (int on = 0; on < 2; on++) {
-        kl_ctx *ctx = make_ctx(0);
+        kl_ctx *ctx = make_ctx(1);
         kl_model *m;
         OK(kl_model_random(&m, ctx, &c, 5));
         /* a router that prefers two experts whatever comes */
@@ -342,6 +342,30 @@ static void choice_bias_balances_the_experts(void **state)
     }
     if (!(load[1] < 0.75 * load[0]))
         fail_msg("busiest expert over the mean: %.2f without, %.2f with the update", load[0], load[1]);
+    remove_dir(p.dir);
+}
+
+/* However the batch is cut into passes, it is one batch: the loss and the gradient's norm agree up to rounding. */
+static void passes_add_up_to_the_batch(void **state)
+{
+    (void)state;
+    place p = make_place(10);
+    kl_config c = byte_config();
+    double loss[3], norm[3];
+    static const int64_t cuts[] = {5, 2, 1};
+    for (int i = 0; i < 3; i++) {
+        kl_train_options o = options_for(&p);
+        o.batch = 5;
+        o.micro_batch = cuts[i];
+        o.steps = 1;
+        o.warmup = 0;
+        o.validation = 0;
+        OK(train(&c, &o, 6, 1));
+        loss[i] = logged(p.out, "loss");
+        norm[i] = logged(p.out, "grad_norm");
+        WITHIN(fabs(loss[i] - loss[0]), 2e-6, "loss");
+        WITHIN(fabs(norm[i] - norm[0]), 1e-4 * norm[0], "gradient norm");
+    }
     remove_dir(p.dir);
 }
 
@@ -402,6 +426,7 @@ int main(void)
         cmocka_unit_test(a_broken_model_is_not_saved),
         cmocka_unit_test(mapped_weights_can_be_trained),
         cmocka_unit_test(choice_bias_balances_the_experts),
+        cmocka_unit_test(passes_add_up_to_the_batch),
         cmocka_unit_test(the_schedule_warms_up_and_decays),
         cmocka_unit_test(windows_depend_on_seed_and_step_alone),
     };
