@@ -12,22 +12,10 @@
 
 #include "harness/file.h"
 #include "harness/tokenizer.h"
+#include "tests/expect.h"
 #include "tests/golden.h"
 
 static const char folder[] = "tests/golden/tokenizer";
-
-#define assert_ok(status)                                 \
-    do {                                                  \
-        kl_status ok_ = (status);                         \
-        if (kl_failed(ok_))                               \
-            fail_msg("expected success: %s", ok_.message); \
-    } while (0)
-
-static void expect_error(kl_status s, kl_code code, const char *part)
-{
-    if (s.code != code || !strstr(s.message, part))
-        fail_msg("expected %s with '%s', got %s: %s", kl_code_name(code), part, kl_code_name(s.code), s.message);
-}
 
 static kl_tokenizer *open_golden(void)
 {
