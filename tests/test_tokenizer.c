@@ -14,6 +14,7 @@
 #include "harness/tokenizer.h"
 #include "tests/expect.h"
 #include "tests/golden.h"
+#include "tests/scratch.h"
 
 static const char folder[] = "tests/golden/tokenizer";
 
@@ -372,16 +373,9 @@ static void bad_models_are_refused(void **state)
     free(text);
 }
 
-static char scratch[] = "/tmp/kl-test-tokenizer-XXXXXX";
-
 static void put_file(const char *name, const char *text)
 {
-    char path[200];
-    kl_writer w;
-    snprintf(path, sizeof path, "%s/%s", scratch, name);
-    assert_ok(kl_writer_open(&w, path));
-    assert_ok(kl_writer_write(&w, text, strlen(text)));
-    assert_ok(kl_writer_commit(&w));
+    put_bytes(name, text, strlen(text));
 }
 
 static void added_tokens(void **state)
@@ -494,24 +488,6 @@ static void learning_refuses(void **state)
     expect_error(kl_tokenizer_train("ab\xff", 3, 256, path), KL_EFORMAT, "byte 2");
     assert_int_not_equal(access(path, F_OK), 0);
     expect_error(kl_tokenizer_train("abab", 4, 256, "/no/such/folder/x"), KL_EIO, "/no/such/folder");
-}
-
-static int make_scratch(void **state)
-{
-    (void)state;
-    return mkdtemp(scratch) ? 0 : -1;
-}
-
-static int remove_scratch(void **state)
-{
-    (void)state;
-    static const char *const names[] = {"tiktoken.model", "tokenizer_config.json", "learnt.model"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char path[200];
-        snprintf(path, sizeof path, "%s/%s", scratch, names[i]);
-        unlink(path);
-    }
-    return rmdir(scratch);
 }
 
 int main(void)

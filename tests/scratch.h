@@ -1,0 +1,71 @@
+/* A temporary folder for one test program, and files in it. Include after cmocka.h. */
+#ifndef TESTS_SCRATCH_H
+#define TESTS_SCRATCH_H
+
+#include <dirent.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static char scratch[] = "/tmp/kl-test-XXXXXX";
+
+static inline int make_scratch(void **state)
+{
+    (void)state;
+    return mkdtemp(scratch) ? 0 : -1;
+}
+
+static inline void remove_tree(const char *path)
+{
+    DIR *dir = opendir(path);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char *inner = NULL;
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0 || !(inner = malloc(strlen(path) + strlen(entry->d_name) + 2)))
+            continue;
+        sprintf(inner, "%s/%s", path, entry->d_name);
+        remove_tree(inner);
+        free(inner);
+    }
+    if (dir)
+        closedir(dir);
+    remove(path);
+}
+
+static inline int remove_scratch(void **state)
+{
+    (void)state;
+    remove_tree(scratch);
+    return 0;
+}
+
+/* The path of a name in the scratch folder; good until the eighth call after. */
+static inline const char *in_scratch(const char *name)
+{
+    static char paths[8][256];
+    static int next;
+    char *path = paths[next++ % 8];
+    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
+    return path;
+}
+
+static inline void put_bytes(const char *name, const void *bytes, size_t size)
+{
+    FILE *file = fopen(in_scratch(name), "wb");
+    if (!file || fwrite(bytes, 1, size, file) != size || fclose(file) != 0)
+        fail_msg("%s cannot be written", in_scratch(name));
+}
+
+static inline int entries_in(const char *path)
+{
+    DIR *dir = opendir(path);
+    int n = 0;
+    for (struct dirent *entry; dir && (entry = readdir(dir));)
+        n += entry->d_name[0] != '.';
+    if (dir)
+        closedir(dir);
+    return n;
+}
+
+#endif
