@@ -82,6 +82,19 @@ void kl_tokenizer_close(kl_tokenizer *t)
     free(t);
 }
 
+kl_status kl_tokenizer_set_specials(kl_tokenizer *t, const char *const *names, const int64_t *ids, int count)
+{
+    kl_specials given;
+    kl_status s = kl_specials_given(&given, t->ranks.count, names, ids, count);
+    if (kl_failed(s)) {
+        kl_specials_free(&given);
+        return s;
+    }
+    kl_specials_free(&t->specials);
+    t->specials = given;
+    return s;
+}
+
 int64_t kl_tokenizer_size(const kl_tokenizer *t) { return t->specials.first + t->specials.count; }
 
 int64_t kl_tokenizer_special(const kl_tokenizer *t, const char *name)

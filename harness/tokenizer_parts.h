@@ -62,10 +62,11 @@ typedef struct kl_specials {
     bool starts[256];     /* some name begins with that byte */
 } kl_specials;
 
-/* The default set after that many ranks. */
+/* The default set after that many ranks. On failure of any of these free s too. */
 kl_status kl_specials_default(kl_specials *s, int64_t ranks);
 /* added_tokens_decoder of a tokenizer_config.json; without one the default set. */
 kl_status kl_specials_parse(kl_specials *s, int64_t ranks, const char *text, size_t size, const char *name);
+kl_status kl_specials_given(kl_specials *s, int64_t ranks, const char *const *names, const int64_t *ids, int count);
 void kl_specials_free(kl_specials *s);
 /* The longest special token that text begins with: its index, or -1. */
 int64_t kl_specials_match(const kl_specials *s, const char *text, size_t length);

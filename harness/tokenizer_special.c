@@ -71,6 +71,59 @@ kl_status kl_specials_default(kl_specials *s, int64_t ranks)
     return fill_reserved(s);
 }
 
+/* Two names alike would make the id of one unreachable. */
+static int compare_items(const void *a, const void *b) { return strcmp((*(const kl_special *const *)a)->name, (*(const kl_special *const *)b)->name); }
+
+static kl_status check_distinct(const kl_specials *s)
+{
+    const kl_special **order = malloc(((size_t)s->count + 1) * sizeof *order);
+    if (!order)
+        return kl_error(KL_ENOMEM, "no memory for %lld special tokens", (long long)s->count);
+    for (int64_t i = 0; i < s->count; i++)
+        order[i] = &s->items[i];
+    qsort(order, (size_t)s->count, sizeof *order, compare_items);
+    kl_status status = kl_ok();
+    for (int64_t i = 1; i < s->count && !kl_failed(status); i++)
+        if (strcmp(order[i - 1]->name, order[i]->name) == 0)
+            status = kl_error(KL_EFORMAT, "special token '%.80s' has two ids", order[i]->name);
+    free(order);
+    return status;
+}
+
+/* One special token as it is given from outside. */
+static kl_status check_given(int64_t ranks, int64_t id, const char *name)
+{
+    if (id < ranks || id >= ranks + SPECIALS_MAX)
+        return kl_error(KL_EFORMAT, "special token id: expected %lld, the number of ranks, to %lld, got %lld", (long long)ranks,
+                        (long long)ranks + SPECIALS_MAX - 1, (long long)id);
+    if (!name || !name[0] || strlen(name) > NAME_BYTES_MAX)
+        return kl_error(KL_EFORMAT, "special token %lld: expected a name of 1 to %d bytes", (long long)id, NAME_BYTES_MAX);
+    return kl_ok();
+}
+
+static kl_status put_given(kl_specials *s, int64_t id, const char *name)
+{
+    if (s->items[id - s->first].name)
+        return kl_error(KL_EFORMAT, "special token id %lld stands twice", (long long)id);
+    return put(s, id - s->first, name);
+}
+
+kl_status kl_specials_given(kl_specials *s, int64_t ranks, const char *const *names, const int64_t *ids, int count)
+{
+    int64_t size = 0;
+    *s = (kl_specials){0};
+    for (int i = 0; i < count; i++) {
+        KL_TRY(check_given(ranks, ids[i], names[i]));
+        if (ids[i] - ranks + 1 > size)
+            size = ids[i] - ranks + 1;
+    }
+    KL_TRY(reserve(s, ranks, size));
+    for (int i = 0; i < count; i++)
+        KL_TRY(put_given(s, ids[i], names[i]));
+    KL_TRY(fill_reserved(s));
+    return check_distinct(s);
+}
+
 /* ---- tokenizer_config.json ---- */
 
 /* The decimal id that an entry's key is; -1 where it is none. */
@@ -88,55 +141,24 @@ static int64_t parse_id(const char *text)
     return id;
 }
 
-static kl_status check_entry(const cJSON *entry, int64_t ranks, const char *name, int64_t *id, const char **content)
+static kl_status read_added(kl_specials *s, int64_t ranks, const cJSON *added)
 {
-    const cJSON *text = cJSON_IsObject(entry) ? kl_json_get(entry, "content") : NULL;
-    *id = parse_id(entry->string);
-    if (*id < ranks || *id >= ranks + SPECIALS_MAX)
-        return kl_error(KL_EFORMAT, "%s: added_tokens_decoder: expected ids from %lld, the number of ranks, to %lld, got '%.20s'", name, (long long)ranks,
-                        (long long)ranks + SPECIALS_MAX - 1, entry->string);
-    if (!cJSON_IsString(text) || !text->valuestring[0] || strlen(text->valuestring) > NAME_BYTES_MAX)
-        return kl_error(KL_EFORMAT, "%s: added_tokens_decoder: %lld: content: expected a text of 1 to %d bytes", name, (long long)*id, NAME_BYTES_MAX);
-    *content = text->valuestring;
-    return kl_ok();
-}
-
-static int compare_items(const void *a, const void *b) { return strcmp((*(const kl_special *const *)a)->name, (*(const kl_special *const *)b)->name); }
-
-static kl_status check_distinct(const kl_specials *s, const char *name)
-{
-    const kl_special **order = malloc(((size_t)s->count + 1) * sizeof *order);
-    if (!order)
-        return kl_error(KL_ENOMEM, "%s: no memory for %lld special tokens", name, (long long)s->count);
-    for (int64_t i = 0; i < s->count; i++)
-        order[i] = &s->items[i];
-    qsort(order, (size_t)s->count, sizeof *order, compare_items);
-    kl_status status = kl_ok();
-    for (int64_t i = 1; i < s->count && !kl_failed(status); i++)
-        if (strcmp(order[i - 1]->name, order[i]->name) == 0)
-            status = kl_error(KL_EFORMAT, "%s: added_tokens_decoder: '%.80s' has two ids", name, order[i]->name);
-    free(order);
-    return status;
-}
-
-static kl_status read_added(kl_specials *s, int64_t ranks, const cJSON *added, const char *name)
-{
-    int64_t id = 0, count = ranks == RELEASED_RANKS ? RELEASED_SPECIALS : 0;
-    const char *content = NULL;
+    int64_t id, size = ranks == RELEASED_RANKS ? RELEASED_SPECIALS : 0;
     for (const cJSON *entry = added->child; entry; entry = entry->next) {
-        KL_TRY(check_entry(entry, ranks, name, &id, &content));
-        if (id - ranks + 1 > count)
-            count = id - ranks + 1;
+        const cJSON *content = cJSON_IsObject(entry) ? kl_json_get(entry, "content") : NULL;
+        if ((id = parse_id(entry->string)) < 0)
+            return kl_error(KL_EFORMAT, "expected an id, got '%.20s'", entry->string);
+        if (!cJSON_IsString(content))
+            return kl_error(KL_EFORMAT, "special token %lld: content: expected a name", (long long)id);
+        KL_TRY(check_given(ranks, id, content->valuestring));
+        if (id - ranks + 1 > size)
+            size = id - ranks + 1;
     }
-    KL_TRY(reserve(s, ranks, count));
-    for (const cJSON *entry = added->child; entry; entry = entry->next) {
-        KL_TRY(check_entry(entry, ranks, name, &id, &content));
-        if (s->items[id - ranks].name)
-            return kl_error(KL_EFORMAT, "%s: added_tokens_decoder: id %lld stands twice", name, (long long)id);
-        KL_TRY(put(s, id - ranks, content));
-    }
+    KL_TRY(reserve(s, ranks, size));
+    for (const cJSON *entry = added->child; entry; entry = entry->next)
+        KL_TRY(put_given(s, parse_id(entry->string), kl_json_get(entry, "content")->valuestring));
     KL_TRY(fill_reserved(s));
-    return check_distinct(s, name);
+    return check_distinct(s);
 }
 
 kl_status kl_specials_parse(kl_specials *s, int64_t ranks, const char *text, size_t size, const char *name)
@@ -151,7 +173,7 @@ kl_status kl_specials_parse(kl_specials *s, int64_t ranks, const char *text, siz
     else if (!cJSON_IsObject(added))
         status = kl_error(KL_EFORMAT, "%s: added_tokens_decoder: expected an object", name);
     else
-        status = read_added(s, ranks, added, name);
+        status = kl_error_in(read_added(s, ranks, added), "%s: added_tokens_decoder", name);
     cJSON_Delete(json);
     return status;
 }

@@ -394,10 +394,10 @@ static void added_tokens(void **state)
     kl_tokenizer_close(t);
     static const struct {
         const char *config, *part;
-    } bad[] = {{"{\"added_tokens_decoder\": {\"256\": {\"content\": \"x\"}}}", "257"},
+    } bad[] = {{"{\"added_tokens_decoder\": {\"256\": {\"content\": \"x\"}}}", "256"},
                {"{\"added_tokens_decoder\": {\"999999\": {\"content\": \"x\"}}}", "999999"},
                {"{\"added_tokens_decoder\": {\"-1\": {\"content\": \"x\"}}}", "-1"},
-               {"{\"added_tokens_decoder\": {\"257\": {\"content\": \"\"}}}", "content"},
+               {"{\"added_tokens_decoder\": {\"257\": {\"content\": \"\"}}}", "a name of 1"},
                {"{\"added_tokens_decoder\": {\"257\": 5}}", "content"},
                {"{\"added_tokens_decoder\": {\"257\": {\"content\": \"x\"}, \"258\": {\"content\": \"x\"}}}", "two ids"},
                {"{\"added_tokens_decoder\": []}", "object"},
@@ -407,6 +407,27 @@ static void added_tokens(void **state)
         expect_error(kl_tokenizer_open(&t, scratch), KL_EFORMAT, bad[i].part);
         assert_null(t);
     }
+}
+
+static void specials_by_hand(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"<a>", "<b>", "<a>"};
+    static const int64_t ids[] = {256, 258, 260}, low[] = {255}, twice[] = {256, 256}, high[] = {INT64_MAX};
+    kl_tokenizer *t;
+    assert_ok(kl_tokenizer_bytes(&t));
+    assert_ok(kl_tokenizer_set_specials(t, names, ids, 2));
+    assert_int_equal(kl_tokenizer_size(t), 259);
+    assert_int_equal(kl_tokenizer_special(t, "<b>"), 258);
+    assert_int_equal(kl_tokenizer_special(t, "[BOS]"), -1);
+    expect_error(kl_tokenizer_set_specials(t, names, low, 1), KL_EFORMAT, "255");
+    expect_error(kl_tokenizer_set_specials(t, names, high, 1), KL_EFORMAT, "special token id");
+    expect_error(kl_tokenizer_set_specials(t, names, twice, 2), KL_EFORMAT, "stands twice");
+    expect_error(kl_tokenizer_set_specials(t, names, ids, 3), KL_EFORMAT, "'<a>' has two ids");
+    assert_int_equal(kl_tokenizer_special(t, "<a>"), 256); /* as before */
+    assert_ok(kl_tokenizer_set_specials(t, names, ids, 0));
+    assert_int_equal(kl_tokenizer_size(t), 256);
+    kl_tokenizer_close(t);
 }
 
 static void released_specials_follow_the_released_ranks(void **state)
@@ -507,6 +528,7 @@ int main(void)
         cmocka_unit_test(byte_fallback),
         cmocka_unit_test(bad_models_are_refused),
         cmocka_unit_test(added_tokens),
+        cmocka_unit_test(specials_by_hand),
         cmocka_unit_test(released_specials_follow_the_released_ranks),
         cmocka_unit_test(learns_by_hand),
         cmocka_unit_test(learnt_vocabularies_work),
