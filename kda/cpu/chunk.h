@@ -1,0 +1,46 @@
+/* What the chunk kernels share: one chunk of one head read from the caller's tensors into padded scratch. */
+#ifndef KL_KDA_CPU_CHUNK_H
+#define KL_KDA_CPU_CHUNK_H
+
+#include "common/arena.h"
+#include "kda/cpu/intra.h"
+#include "kda/internal.h"
+
+/* Where a task works: the columns [v0, v0 + columns) of value head hv of sequence n. Columns of V never talk to each
+ * other, and no element's sum depends on how many are worked on together: cutting a head changes no bit. */
+typedef struct kda_panel {
+    const kda_problem *p;
+    int64_t n, hv, v0, columns;
+    int64_t C, Kp, Vp; /* tokens a chunk; K and columns padded to 16 */
+} kda_panel;
+
+kda_panel kda_panel_make(const kda_problem *p, int64_t n, int64_t hv, int64_t v0, int64_t columns);
+/* For each sequence the number of chunks before it. */
+void kda_first_chunks(const kda_problem *p, int64_t *first_chunk);
+
+/* Scratch of one thread. */
+typedef struct kda_chunk {
+    float *q, *k, *decay; /* [C,Kp] q normalised and scaled, k normalised, e^g */
+    float *qg, *kg, *ke;  /* [C,Kp] q P(-1->i), k P(-1->i), k P(i->end) */
+    float *whole;         /* [Kp] P(-1->end) */
+    float *beta;          /* [C] */
+    float *u, *o;         /* [C,Vp] */
+    float *Aqk, *Akk;     /* [C,C]; upper triangles are never read */
+    kda_level_scratch level;
+} kda_chunk;
+
+kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p);
+/* q, k, decay, beta, and v into u, of tokens [t, t + count). */
+void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x);
+/* All that the state does not enter: qg, kg, ke, whole, Aqk, Akk. */
+void kda_chunk_prepare(const kda_panel *w, int64_t count, kda_chunk *x);
+/* Of that only what the state after the chunk needs: kg, ke, whole, Akk. */
+void kda_chunk_prepare_write(const kda_panel *w, int64_t count, kda_chunk *x);
+/* u from v and the state S [Kp,Vp] before the chunk; residual [C,Vp], when wanted, is u before beta. */
+void kda_chunk_correct(const kda_panel *w, int64_t count, const float *S, kda_chunk *x, float *residual);
+/* o from u and the state before the chunk. */
+void kda_chunk_read(const kda_panel *w, int64_t count, const float *S, kda_chunk *x);
+/* The state after the chunk. */
+void kda_chunk_write(const kda_panel *w, int64_t count, const kda_chunk *x, float *S);
+
+#endif

@@ -1,0 +1,253 @@
+#include "kda/conv.h"
+
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "kda/internal.h"
+
+/* Work is cut into tiles of channels (and, forward, of tokens); every output element is one sum over the taps in order. */
+enum { MAX_TAPS = 16, CHANNELS = 64, TOKENS = 256 };
+
+/* One tile of channels [d0, d0 + D) with its taps turned to [W,CHANNELS] floats. */
+typedef struct tile {
+    const kda_conv_problem *p;
+    int64_t d0, D, x_stride, y_stride;
+    float weight[MAX_TAPS][CHANNELS];
+    float tail[MAX_TAPS][CHANNELS]; /* of sequence n, oldest first; zero without one */
+    int64_t n;
+} tile;
+
+static kl_status validate(const kl_ctx *ctx, const kda_conv_problem *p)
+{
+    KL_REQUIRE(p, "conv: problem: expected a pointer, got NULL");
+    if (ctx->device != KL_CPU)
+        return kl_error(KL_EDEVICE, "conv: device: expected cpu, got %s", kl_device_name(ctx->device));
+    KL_REQUIRE(p->weight_dtype == KL_F32 || p->weight_dtype == KL_BF16 || p->weight_dtype == KL_F16,
+               "conv: weight_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->weight_dtype));
+    KL_REQUIRE(p->D >= 1, "conv: D: expected 1 or more channels, got %lld", (long long)p->D);
+    KL_REQUIRE(p->x_stride == 0 || p->x_stride >= p->D, "conv: x_stride: expected 0 or at least D = %lld, got %lld", (long long)p->D,
+               (long long)p->x_stride);
+    KL_REQUIRE(p->y_stride == 0 || p->y_stride >= p->D, "conv: y_stride: expected 0 or at least D = %lld, got %lld", (long long)p->D,
+               (long long)p->y_stride);
+    KL_TRY(kda_validate_sequences("conv", p->B, p->T, p->N, p->cu_seqlens));
+    KL_REQUIRE(p->W >= 1 && p->W <= MAX_TAPS, "conv: W: expected 1..%d taps, got %lld", MAX_TAPS, (long long)p->W);
+    int64_t widest = p->D > p->x_stride ? p->D : p->x_stride, tokens, elements;
+    widest = widest > p->y_stride ? widest : p->y_stride;
+    KL_REQUIRE(!__builtin_mul_overflow(p->B, p->T, &tokens) && !__builtin_mul_overflow(tokens, widest, &elements) &&
+                   !__builtin_mul_overflow(elements, 4, &elements),
+               "conv: B T: expected tensors of less than 2^63 bytes, got B = %lld, T = %lld", (long long)p->B, (long long)p->T);
+    for (int64_t n = 0; p->state_index && n < p->N; n++)
+        KL_REQUIRE(p->state_index[n] >= 0, "conv: state_index[%lld]: expected at least 0, got %lld", (long long)n,
+                   (long long)p->state_index[n]);
+    KL_REQUIRE(p->weight, "conv: weight: expected [D,W], got NULL");
+    KL_REQUIRE(tokens == 0 || p->x, "conv: x: expected [B,T,D], got NULL");
+    return kl_ok();
+}
+
+static int64_t slot_of(const kda_conv_problem *p, int64_t n) { return p->state_index ? p->state_index[n] : n; }
+
+static void open_tile(tile *s, const kda_conv_problem *p, int64_t d0)
+{
+    *s = (tile){.p = p, .d0 = d0, .D = p->D - d0 < CHANNELS ? p->D - d0 : CHANNELS, .x_stride = kda_stride(p->x_stride, p->D),
+                .y_stride = kda_stride(p->y_stride, p->D), .n = -1};
+    float taps[MAX_TAPS];
+    for (int64_t d = 0; d < s->D; d++) {
+        kl_to_f32(taps, (const char *)p->weight + (size_t)((d0 + d) * p->W) * kl_dtype_size(p->weight_dtype), p->weight_dtype, (size_t)p->W);
+        for (int64_t j = 0; j < p->W; j++)
+            s->weight[j][d] = taps[j];
+    }
+}
+
+static void open_sequence(tile *s, int64_t n)
+{
+    const kda_conv_problem *p = s->p;
+    s->n = n;
+    memset(s->tail, 0, sizeof s->tail);
+    if (!p->tail_in)
+        return;
+    const float *tail = p->tail_in + (slot_of(p, n) * p->D + s->d0) * (p->W - 1);
+    for (int64_t d = 0; d < s->D; d++)
+        for (int64_t m = 0; m < p->W - 1; m++)
+            s->tail[m][d] = tail[d * (p->W - 1) + m];
+}
+
+/* The input at a position of the open sequence; negative positions lie in the tail. */
+static inline const float *input_at(const tile *s, kda_span span, int64_t position)
+{
+    if (position < 0)
+        return s->tail[position + s->p->W - 1];
+    return s->p->x + (span.begin + position) * s->x_stride + s->d0;
+}
+
+static inline kl_v load_channels(const tile *s, const float *x, int64_t d)
+{
+    return s->D - d >= KL_LANES ? kl_vload(x + d) : kl_vload_n(x + d, s->D - d);
+}
+static inline void store_channels(const tile *s, float *x, int64_t d, kl_v y)
+{
+    if (s->D - d >= KL_LANES)
+        kl_vstore(x + d, y);
+    else
+        kl_vstore_n(x + d, y, s->D - d);
+}
+
+/* z[t,d] = sum_{j<W} weight[d,j] x[t-W+1+j,d] */
+static inline kl_v convolve(const tile *s, kda_span span, int64_t i, int64_t d)
+{
+    kl_v z = {0};
+    for (int64_t j = 0; j < s->p->W; j++)
+        z += kl_vload(&s->weight[j][d]) * load_channels(s, input_at(s, span, i - s->p->W + 1 + j), d);
+    return z;
+}
+
+/* The sequence that holds packed token t. */
+static int64_t sequence_of(const kda_conv_problem *p, int64_t t)
+{
+    if (!p->cu_seqlens)
+        return t / p->T;
+    int64_t low = 0, high = p->N;
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (p->cu_seqlens[middle] <= t)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void forward_tile(const kda_conv_problem *p, int64_t d0, int64_t first, int64_t last)
+{
+    tile s;
+    open_tile(&s, p, d0);
+    kda_span span = {0, 0};
+    for (int64_t t = first; t < last; t++) {
+        if (t == first || t >= span.begin + span.length) {
+            open_sequence(&s, sequence_of(p, t));
+            span = kda_sequence(p->T, p->cu_seqlens, s.n);
+        }
+        for (int64_t d = 0; d < s.D; d += KL_LANES) {
+            kl_v z = convolve(&s, span, t - span.begin, d);
+            store_channels(&s, p->y + t * s.y_stride + d0, d, p->silu ? z * kl_vsigmoid(z) : z);
+        }
+    }
+}
+
+/* The last W-1 inputs of tail and x together, oldest first. In place: entry m comes from entry m + length, never earlier. */
+static void hand_out_tail(const kda_conv_problem *p, int64_t n, int64_t d)
+{
+    kda_span span = kda_sequence(p->T, p->cu_seqlens, n);
+    int64_t keep = p->W - 1, at = (slot_of(p, n) * p->D + d) * keep;
+    for (int64_t m = 0; m < keep; m++) {
+        int64_t position = span.length - keep + m;
+        p->tail_out[at + m] = position >= 0 ? p->x[(span.begin + position) * kda_stride(p->x_stride, p->D) + d]
+                              : p->tail_in ? p->tail_in[at + m + span.length] : 0.0f;
+    }
+}
+
+kl_status kda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
+{
+    KL_REQUIRE(ctx, "conv: ctx: expected a context, got NULL");
+    KL_TRY(validate(ctx, p));
+    int64_t tokens = p->B * p->T, rows = kl_ceil_div(tokens, TOKENS), tiles = kl_ceil_div(p->D, CHANNELS);
+    KL_REQUIRE(tokens == 0 || (p->y && p->y != p->x), "conv: y: expected memory of its own, got %s", p->y ? "x" : "NULL");
+#pragma omp parallel num_threads(ctx->threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * tiles; i++) {
+            int64_t first = i / tiles * TOKENS, last = first + TOKENS < tokens ? first + TOKENS : tokens;
+            forward_tile(p, i % tiles * CHANNELS, first, last);
+        }
+        if (p->tail_out) {
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < p->N; n++)
+                for (int64_t d = 0; d < p->D; d++)
+                    hand_out_tail(p, n, d);
+        }
+    }
+    return kl_ok();
+}
+
+/* ---- backward ---- */
+
+typedef struct tile_grads {
+    float weight[MAX_TAPS][CHANNELS], tail[MAX_TAPS][CHANNELS];
+} tile_grads;
+
+/* Where the gradient of the input at a position accumulates. */
+static inline float *input_gradient_at(const tile *s, const kda_conv_grads *g, tile_grads *acc, kda_span span, int64_t position)
+{
+    if (position < 0)
+        return acc->tail[position + s->p->W - 1];
+    return g->dx + (span.begin + position) * s->x_stride + s->d0;
+}
+
+static void backward_token(const tile *s, const kda_conv_grads *g, tile_grads *acc, kda_span span, int64_t i)
+{
+    int64_t W = s->p->W;
+    const float *dy = g->dy + (span.begin + i) * s->y_stride + s->d0;
+    for (int64_t d = 0; d < s->D; d += KL_LANES) {
+        kl_v dz = load_channels(s, dy, d);
+        if (s->p->silu) {
+            /* y = z sigmoid(z):  dz = dy (sigmoid(z) + z sigmoid(z) sigmoid(-z)) */
+            kl_v z = convolve(s, span, i, d), up = kl_vsigmoid(z);
+            dz *= up + z * up * kl_vsigmoid(-z);
+        }
+        /* z[t] = sum_j weight[j] x[t-W+1+j]:  dweight[j] += dz x[t-W+1+j],  dx[t-W+1+j] += dz weight[j] */
+        for (int64_t j = 0; j < W; j++) {
+            int64_t position = i - W + 1 + j;
+            float *dx = input_gradient_at(s, g, acc, span, position);
+            kl_v d_input = dz * kl_vload(&s->weight[j][d]);
+            bool first_touch = position == i;
+            if (position < 0)
+                kl_vstore(dx + d, kl_vload(dx + d) + d_input);
+            else
+                store_channels(s, dx, d, first_touch ? d_input : load_channels(s, dx, d) + d_input);
+            kl_vstore(&acc->weight[j][d], kl_vload(&acc->weight[j][d]) + dz * load_channels(s, input_at(s, span, position), d));
+        }
+    }
+}
+
+static void backward_sequence(tile *s, const kda_conv_grads *g, tile_grads *acc, int64_t n)
+{
+    const kda_conv_problem *p = s->p;
+    kda_span span = kda_sequence(p->T, p->cu_seqlens, n);
+    int64_t keep = p->W - 1, at = (n * p->D + s->d0) * keep;
+    open_sequence(s, n);
+    memset(acc->tail, 0, sizeof acc->tail);
+    for (int64_t i = 0; i < span.length; i++)
+        backward_token(s, g, acc, span, i);
+    /* tail_out[m] is the input at position length - (W-1) + m */
+    for (int64_t m = 0; m < keep && g->dtail_out; m++) {
+        float *dx = input_gradient_at(s, g, acc, span, span.length - keep + m);
+        for (int64_t d = 0; d < s->D; d++)
+            dx[d] += g->dtail_out[at + d * keep + m];
+    }
+    for (int64_t m = 0; m < keep && g->dtail_in; m++)
+        for (int64_t d = 0; d < s->D; d++)
+            g->dtail_in[at + d * keep + m] = acc->tail[m][d];
+}
+
+kl_status kda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g)
+{
+    KL_REQUIRE(ctx, "conv: ctx: expected a context, got NULL");
+    KL_TRY(validate(ctx, p));
+    KL_REQUIRE(g, "conv: grads: expected a pointer, got NULL");
+    KL_REQUIRE(p->B * p->T == 0 || g->dy, "conv: dy: expected [B,T,D], got NULL");
+    KL_REQUIRE(p->B * p->T == 0 || g->dx, "conv: dx: expected [B,T,D], got NULL");
+    KL_REQUIRE(!p->tail_in || p->tail_in != p->tail_out,
+               "conv: tail_out: expected another place than tail_in: a tail updated in place cannot be differentiated");
+    int64_t tiles = kl_ceil_div(p->D, CHANNELS);
+#pragma omp parallel for schedule(static) num_threads(ctx->threads)
+    for (int64_t i = 0; i < tiles; i++) {
+        tile s;
+        tile_grads acc;
+        open_tile(&s, p, i * CHANNELS);
+        memset(acc.weight, 0, sizeof acc.weight);
+        for (int64_t n = 0; n < p->N; n++)
+            backward_sequence(&s, g, &acc, n);
+        for (int64_t d = 0; d < s.D && g->dweight; d++)
+            for (int64_t j = 0; j < p->W; j++)
+                g->dweight[(s.d0 + d) * p->W + j] += acc.weight[j][d];
+    }
+    return kl_ok();
+}

@@ -1,0 +1,264 @@
+/* The general recurrence, chunkwise, with the same means as KDA: products of decays, one triangular system a chunk, the
+ * state read twice and written once. With u_i = a_i^T S_(i-1), S the state before the chunk and P as in intra.h:
+ *
+ *     u_i = (a_i P(-1->i-1))^T S + sum_{j<i} Aab[i,j] u_j + Aak[i,j] v_j     A??: x_i . P(j->i-1) y_j
+ *     o_i = (q_i P(-1->i))^T S + sum_{j<=i} Aqb[i,j] u_j + Aqk[i,j] v_j      A??: x_i . P(j->i) y_j
+ *     S' = Diag(P(-1->end)) S + sum_j k_j P(j->end) v_j^T + b_j P(j->end) u_j^T
+ *
+ * Against KDA that is one more product with the state, four matrices for two, and four triangular products for two. */
+#include "common/arena.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "kda/cpu/gates.h"
+#include "kda/cpu/intra.h"
+#include "kda/cpu/state.h"
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* Pairs that enter one product together lie one behind the other, count rows apart. */
+typedef struct scratch {
+    float *q, *k, *a, *b, *decay;            /* [C,Kp] */
+    float *a_start, *k_end, *whole;          /* [2C,Kp] a then q from the start; [2C,Kp] k then b to the end; [Kp] */
+    float *v;                                /* [3C,Vp] v, u, o */
+    float *Aab, *Aak, *Aqb, *Aqk;            /* [C,C] */
+    float *factor, *before, *left, *right;   /* [C,Kp]; before: P(anchor->i-1) of the second halves */
+    float *across_k, *across_b;              /* [Kp,C/2] */
+    float *S;                                /* [Kp,Vp] */
+} scratch;
+
+typedef struct panel {
+    const dplr_problem *p;
+    int64_t n, h, v0, columns, C, Kp, Vp;
+} panel;
+
+static int64_t chunk_tokens(const dplr_problem *p) { return p->chunk ? p->chunk : 64; }
+static int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+
+static scratch take_scratch(kl_arena *arena, const dplr_problem *p)
+{
+    int64_t C = chunk_tokens(p), Kp = kl_tile_pad(p->K), Vp = kl_tile_pad(p->V);
+    scratch s;
+    float **keys[] = {&s.q, &s.k, &s.a, &s.b, &s.decay, &s.factor, &s.before, &s.left, &s.right};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        *keys[i] = KL_TAKE(arena, float, C * Kp);
+    float **matrices[] = {&s.Aab, &s.Aak, &s.Aqb, &s.Aqk};
+    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
+        *matrices[i] = KL_TAKE(arena, float, C * C);
+    s.a_start = KL_TAKE(arena, float, 2 * C * Kp);
+    s.k_end = KL_TAKE(arena, float, 2 * C * Kp);
+    s.whole = KL_TAKE(arena, float, Kp);
+    s.v = KL_TAKE(arena, float, 3 * C * Vp);
+    s.across_k = KL_TAKE(arena, float, Kp * (C / 2));
+    s.across_b = KL_TAKE(arena, float, Kp * (C / 2));
+    s.S = KL_TAKE(arena, float, Kp * Vp);
+    return s;
+}
+
+static void load(const panel *w, int64_t t, int64_t count, scratch *s)
+{
+    const dplr_problem *p = w->p;
+    kda_problem gate = {.K = p->K, .G = p->K, .HV = p->H};
+    for (int64_t i = 0; i < count; i++) {
+        int64_t at = ((t + i) * p->H + w->h) * p->K, to = i * w->Kp;
+        kda_unit_row(false, p->K, kda_scale(p->scale, p->K), p->q + at, s->q + to);
+        kda_unit_row(false, p->K, 1.0f, p->k + at, s->k + to);
+        kda_unit_row(false, p->K, 1.0f, p->a + at, s->a + to);
+        kda_unit_row(false, p->K, 1.0f, p->b + at, s->b + to);
+        kda_decay_row(&gate, w->h, p->g + at, s->decay + to);
+        float *v = s->v + i * w->Vp;
+        memcpy(v, p->v + ((t + i) * p->H + w->h) * p->V + w->v0, (size_t)w->columns * sizeof(float));
+        memset(v + w->columns, 0, (size_t)(w->Vp - w->columns) * sizeof(float));
+    }
+}
+
+/* a_i P(-1->i-1): the state that a reads is the one before the token. */
+static void from_start_before(kda_tokens t, const float *x, float *y)
+{
+    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+        kl_v product = kl_vset(1.0f);
+        for (int64_t i = 0; i < t.n; i++) {
+            kl_vstore(y + i * t.ld + c, kl_vload(x + i * t.ld + c) * product);
+            product *= kl_vload(t.decay + i * t.ld + c);
+        }
+    }
+}
+
+/* P(s+h-1->i-1) for the second halves. */
+static void factors_before(kda_tokens t, int64_t h, float *before)
+{
+    for (int64_t s = h; s < t.n; s += 2 * h)
+        for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+            kl_v product = kl_vset(1.0f);
+            for (int64_t i = s; i < smaller(s + h, t.n); i++) {
+                kl_vstore(before + i * t.ld + c, product);
+                product *= kl_vload(t.decay + i * t.ld + c);
+            }
+        }
+}
+
+static void multiply(int64_t count, const float *x, const float *y, float *z)
+{
+    for (int64_t c = 0; c < count; c += KL_LANES)
+        kl_vstore(z + c, kl_vload(x + c) * kl_vload(y + c));
+}
+
+static void off_diagonal(kda_tokens t, int64_t lda, scratch *s)
+{
+    int64_t ld = t.ld;
+    for (int64_t h = KDA_BLOCK; h < t.n; h *= 2) {
+        kda_anchor_factors(t, h, s->factor);
+        factors_before(t, h, s->before);
+        for (int64_t j = 0; j + h < t.n; j += 2 * h) {
+            int64_t i = j + h, rows = smaller(h, t.n - i), at = i * lda + j;
+            multiply(h * ld, s->k + j * ld, s->factor + j * ld, s->left);
+            kl_tile_transpose(h, ld, s->left, ld, s->across_k, h);
+            multiply(h * ld, s->b + j * ld, s->factor + j * ld, s->left);
+            kl_tile_transpose(h, ld, s->left, ld, s->across_b, h);
+            multiply(rows * ld, s->q + i * ld, s->factor + i * ld, s->right);
+            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_k, h, NULL, s->Aqk + at, lda);
+            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_b, h, NULL, s->Aqb + at, lda);
+            multiply(rows * ld, s->a + i * ld, s->before + i * ld, s->right);
+            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_k, h, NULL, s->Aak + at, lda);
+            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_b, h, NULL, s->Aab + at, lda);
+        }
+    }
+}
+
+enum { WALKERS = 2 };
+
+/* Row i against two columns: a meets them before the decay of row i, q after. */
+INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *q, const float *a, float *walk, float *out[4])
+{
+    kl_v sum[4 * WALKERS] = {{0}};
+    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+        kl_v d = kl_vload(decay + c), qc = kl_vload(q + c), ac = kl_vload(a + c);
+UNROLL
+        for (int w = 0; w < WALKERS; w++) {
+            kl_v k = kl_vload(walk + 2 * w * t.ld + c), b = kl_vload(walk + (2 * w + 1) * t.ld + c);
+            sum[WALKERS + w] += ac * k;
+            sum[3 * WALKERS + w] += ac * b;
+            if (w < moving) {
+                k *= d;
+                b *= d;
+                kl_vstore(walk + 2 * w * t.ld + c, k);
+                kl_vstore(walk + (2 * w + 1) * t.ld + c, b);
+            }
+            sum[w] += qc * k;
+            sum[2 * WALKERS + w] += qc * b;
+        }
+    }
+    for (int m = 0; m < 4; m++)
+        for (int w = 0; w < WALKERS; w++)
+            out[m][w] = kl_vsum(sum[m * WALKERS + w]);
+}
+
+/* Elements above the diagonal are written too, and read by nobody. */
+static void diagonal(kda_tokens t, int64_t lda, scratch *s)
+{
+    float walk[2 * WALKERS * KDA_MAX_DIM];
+    for (int64_t first = 0; first < t.n; first += KDA_BLOCK) {
+        int64_t end = smaller(first + KDA_BLOCK, t.n);
+        for (int64_t j = first; j < end; j += WALKERS) {
+            for (int64_t w = 0; w < WALKERS; w++) {
+                int64_t from = (j + w < end ? j + w : j) * t.ld;
+                memcpy(walk + 2 * w * t.ld, s->k + from, (size_t)t.ld * sizeof(float));
+                memcpy(walk + (2 * w + 1) * t.ld, s->b + from, (size_t)t.ld * sizeof(float));
+            }
+            for (int64_t i = j; i < end; i++) {
+                const float *decay = t.decay + i * t.ld, *q = s->q + i * t.ld, *a = s->a + i * t.ld;
+                float *out[4] = {s->Aqk + i * lda + j, s->Aak + i * lda + j, s->Aqb + i * lda + j, s->Aab + i * lda + j};
+                switch (i - j) {
+                case 0: diagonal_row(t, 0, decay, q, a, walk, out); break;
+                case 1: diagonal_row(t, 1, decay, q, a, walk, out); break;
+                default: diagonal_row(t, 2, decay, q, a, walk, out); break;
+                }
+            }
+        }
+    }
+}
+
+static void run_chunk(const panel *w, int64_t count, scratch *s)
+{
+    int64_t Kp = w->Kp, Vp = w->Vp, C = w->C;
+    kda_tokens t = {count, Kp, s->decay};
+    float *u = s->v + count * Vp, *o = u + count * Vp;
+    from_start_before(t, s->a, s->a_start);
+    kda_from_start(t, s->q, s->a_start + count * Kp);
+    kda_to_end(t, s->k, s->k_end, s->whole);
+    kda_to_end(t, s->b, s->k_end + count * Kp, s->whole);
+    off_diagonal(t, C, s);
+    diagonal(t, C, s);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < i; j++)
+            s->Aab[i * C + j] = -s->Aab[i * C + j];
+    kl_tile_gemm(KL_TILE_SET, 2 * count, Vp, Kp, s->a_start, Kp, 1, s->S, Vp, NULL, u, Vp);
+    kda_apply_lower(count, Vp, true, s->Aak, C, s->v, u, Vp);
+    kda_solve_lower(count, Vp, s->Aab, C, NULL, u, NULL, Vp);
+    kda_apply_lower(count, Vp, false, s->Aqk, C, s->v, o, Vp);
+    kda_apply_lower(count, Vp, false, s->Aqb, C, u, o, Vp);
+    kl_tile_gemm(KL_TILE_ADD, Kp, Vp, 2 * count, s->k_end, 1, Kp, s->v, Vp, s->whole, s->S, Vp);
+}
+
+static void run_panel(const panel *w, scratch *s)
+{
+    const dplr_problem *p = w->p;
+    int64_t size = p->K * p->V, head = w->n * p->H + w->h;
+    kda_span span = kda_sequence(p->T, p->cu_seqlens, w->n);
+    kda_state_load(KDA_STATE_KV, p->K, p->V, p->h0 ? p->h0 + head * size : NULL, w->v0, w->columns, w->Kp, s->S, w->Vp);
+    for (int64_t first = 0; first < span.length; first += w->C) {
+        int64_t t = span.begin + first, count = smaller(w->C, span.length - first);
+        load(w, t, count, s);
+        run_chunk(w, count, s);
+        for (int64_t i = 0; i < count; i++)
+            memcpy(p->o + ((t + i) * p->H + w->h) * p->V + w->v0, s->v + (2 * count + i) * w->Vp, (size_t)w->columns * sizeof(float));
+    }
+    if (p->ht)
+        kda_state_store(KDA_STATE_KV, p->K, p->V, s->S, w->Vp, w->v0, w->columns, p->ht + head * size);
+}
+
+static size_t scratch_bytes(const dplr_problem *p)
+{
+    kl_arena a = kl_arena_count();
+    take_scratch(&a, p);
+    return a.used;
+}
+
+size_t dplr_cpu_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    if (pass != KL_FORWARD)
+        return 0;
+    kl_arena a = kl_arena_count();
+    kl_arena_take(&a, (size_t)ctx->threads, scratch_bytes(problem));
+    return a.used;
+}
+
+kl_status dplr_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    const dplr_problem *p = problem;
+    size_t each = scratch_bytes(p), needed = dplr_cpu_chunk_workspace(ctx, p, KL_FORWARD);
+    KL_REQUIRE(workspace && bytes >= needed, "dplr: workspace: expected %zu bytes, got %zu", needed, workspace ? bytes : 0);
+    int64_t panels = kda_panels_a_head(p->N * p->H, p->V, ctx->threads);
+    int64_t width = kl_tile_pad(kl_ceil_div(p->V, panels)), tasks = p->N * p->H * panels;
+#pragma omp parallel num_threads(ctx->threads)
+    {
+        unsigned mode = kl_flush_subnormals();
+        kl_arena mine = kl_arena_over((char *)workspace + (size_t)omp_get_thread_num() * each, each);
+        scratch s = take_scratch(&mine, p);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < tasks; i++) {
+            int64_t head = i / panels, v0 = i % panels * width;
+            if (v0 >= p->V)
+                continue;
+            int64_t columns = smaller(width, p->V - v0);
+            panel w = {p, head / p->H, head % p->H, v0, columns, chunk_tokens(p), kl_tile_pad(p->K), kl_tile_pad(columns)};
+            run_panel(&w, &s);
+        }
+        kl_restore_subnormals(mode);
+    }
+    return kl_ok();
+}

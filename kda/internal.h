@@ -1,0 +1,52 @@
+/* What the files of the family share: the problem's defaults resolved, and the functions behind the
+ * rows of the variant table. Not installed for callers. */
+#ifndef KL_KDA_INTERNAL_H
+#define KL_KDA_INTERNAL_H
+
+#include <math.h>
+
+#include "kda/dplr.h"
+#include "kda/kda.h"
+
+/* Tokens [begin, begin + length) of the packed tensors. */
+typedef struct kda_span {
+    int64_t begin, length;
+} kda_span;
+
+static inline kda_span kda_sequence(int64_t T, const int64_t *cu_seqlens, int64_t n)
+{
+    if (!cu_seqlens)
+        return (kda_span){n * T, T};
+    return (kda_span){cu_seqlens[n], cu_seqlens[n + 1] - cu_seqlens[n]};
+}
+
+static inline int64_t kda_chunk_tokens(const kda_problem *p) { return p->chunk ? p->chunk : KDA_DEFAULT_CHUNK; }
+static inline float kda_scale(float scale, int64_t K) { return scale != 0.0f ? scale : 1.0f / sqrtf((float)K); }
+static inline int64_t kda_stride(int64_t stride, int64_t width) { return stride ? stride : width; }
+static inline int64_t kda_slot(const kda_problem *p, int64_t n) { return p->state_index ? p->state_index[n] : n; }
+
+/* Panels of columns that a head is cut into: one, or enough for the threads when there are fewer heads; none thinner
+ * than 32 columns. */
+static inline int64_t kda_panels_a_head(int64_t heads, int64_t V, int threads)
+{
+    int64_t most = (V + 31) / 32, wanted = heads ? (threads + heads - 1) / heads : 1;
+    return wanted < most ? wanted : most;
+}
+
+/* Tokens of the longest sequence. */
+int64_t kda_longest(int64_t T, int64_t N, const int64_t *cu_seqlens);
+
+/* The checks that KDA, DPLR and the convolution share: N against B or cu_seqlens, and cu_seqlens itself. */
+kl_status kda_validate_sequences(const char *who, int64_t B, int64_t T, int64_t N, const int64_t *cu_seqlens);
+
+/* ---- CPU variants ---- */
+size_t kda_cpu_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status kda_cpu_recurrent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+size_t kda_cpu_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status kda_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+size_t kda_cpu_chunk_backward_workspace(const kl_ctx *ctx, const kda_problem *p);
+kl_status kda_cpu_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads, void *workspace, size_t bytes);
+size_t dplr_cpu_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status dplr_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+
+#endif

@@ -1,0 +1,142 @@
+/* The table of variants, the dispatch that picks from it, and what a problem costs. */
+#include <string.h>
+
+#include "kda/internal.h"
+
+static kl_status check_float32(const kda_problem *p, const char *name)
+{
+    if (p->dtype != KL_F32)
+        return kl_error(KL_EUNSUPPORTED, "kda: dtype: variant %s on cpu offers float32, got %s", name, kl_dtype_name(p->dtype));
+    if (p->state_dtype != KL_F32)
+        return kl_error(KL_EUNSUPPORTED, "kda: state_dtype: variant %s on cpu offers float32, got %s", name, kl_dtype_name(p->state_dtype));
+    return kl_ok();
+}
+
+static kl_status check_recurrent(const void *problem, kl_pass pass)
+{
+    if (pass != KL_FORWARD)
+        return kl_error(KL_EUNSUPPORTED, "kda: pass: variant recurrent on cpu offers forward only");
+    return check_float32(problem, "recurrent");
+}
+
+static kl_status check_chunk(const void *problem, kl_pass pass)
+{
+    const kda_problem *p = problem;
+    KL_TRY(check_float32(p, "chunk"));
+    if (pass == KL_FORWARD && p->token_states)
+        return kl_error(KL_EUNSUPPORTED, "kda: token_states: variant chunk does not offer them, variant recurrent does");
+    return kl_ok();
+}
+
+static double tokens(const kda_problem *p) { return (double)p->B * (double)p->T; }
+
+/* Every input once, every output once; backward reads them again with their gradients. */
+static double least_bytes(const kda_problem *p, kl_pass pass)
+{
+    double token = 2.0 * p->H * p->K + 2.0 * p->HV * p->V + p->HV * (p->G + 1.0);
+    double states = (double)p->N * p->HV * p->K * p->V * ((p->h0 != NULL) + (p->ht != NULL));
+    double forward = tokens(p) * token + states;
+    if (pass == KL_BACKWARD)
+        return 4.0 * (2.0 * forward - tokens(p) * p->HV * p->V);
+    if (p->token_states)
+        forward += tokens(p) * p->HV * p->K * p->V;
+    return 4.0 * forward;
+}
+
+/* Decay, S'^T k, k u^T and S^T q: 7 K V a token and head. */
+static kl_cost cost_recurrent(const void *problem, kl_pass pass)
+{
+    const kda_problem *p = problem;
+    return (kl_cost){.flops = tokens(p) * p->HV * 7.0 * p->K * p->V, .bytes = least_bytes(p, pass)};
+}
+
+/* The report's 6 T d^2 + 3 T C d + T C^2 with u solved for directly: three products with the state, two matrices of which
+ * half is needed, two triangular products. Backward: those again, six more with the state, and each triangle twice. */
+static kl_cost cost_chunk(const void *problem, kl_pass pass)
+{
+    const kda_problem *p = problem;
+    double C = (double)kda_chunk_tokens(p), K = (double)p->K, V = (double)p->V;
+    double states = 6.0 * K * V, triangles = 2.0 * C * K + 2.0 * C * V;
+    double token = pass == KL_FORWARD ? states + triangles : 3.0 * states + 3.0 * triangles;
+    return (kl_cost){.flops = tokens(p) * p->HV * token, .bytes = least_bytes(p, pass)};
+}
+
+static kl_status run_recurrent(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(check_recurrent(problem, KL_FORWARD));
+    return kda_cpu_recurrent_forward(ctx, problem, workspace, bytes);
+}
+
+static kl_status run_chunk(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(check_chunk(problem, KL_FORWARD));
+    return kda_cpu_chunk_forward(ctx, problem, workspace, bytes);
+}
+
+static kl_status run_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(kda_validate_grads(problem, grads));
+    KL_TRY(check_chunk(problem, KL_BACKWARD));
+    return kda_cpu_chunk_backward(ctx, problem, grads, workspace, bytes);
+}
+
+static const kl_variant variants[] = {
+    {"kda", "recurrent", KL_CPU, "one state update a token; decode steps and several tokens a step", check_recurrent,
+     kda_cpu_recurrent_workspace, run_recurrent, NULL, cost_recurrent},
+    {"kda", "chunk", KL_CPU, "blocks of tokens through the triangular system of the chunk", check_chunk, kda_cpu_chunk_workspace,
+     run_chunk, run_chunk_backward, cost_chunk},
+};
+
+const kl_variant *kda_variants(int *count)
+{
+    *count = (int)(sizeof variants / sizeof *variants);
+    return variants;
+}
+
+/* Up to this many tokens in the longest sequence, token by token is faster. */
+enum { FEW_TOKENS = 8 };
+
+const kl_variant *kda_pick(kl_device device, const char *name, const kda_problem *p, kl_pass pass)
+{
+    if (!name) {
+        bool few = pass == KL_FORWARD && (p->token_states || kda_longest(p->T, p->N, p->cu_seqlens) <= FEW_TOKENS);
+        name = few ? "recurrent" : "chunk";
+    }
+    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+        if (variants[i].device == device && !strcmp(variants[i].name, name))
+            return &variants[i];
+    return NULL;
+}
+
+static kl_status pick(const kl_ctx *ctx, const kda_problem *p, kl_pass pass, const kl_variant **v)
+{
+    KL_REQUIRE(ctx, "kda: ctx: expected a context, got NULL");
+    KL_TRY(kda_validate(ctx, p));
+    *v = kda_pick(ctx->device, NULL, p, pass);
+    return *v ? kl_ok() : kl_error(KL_EDEVICE, "kda: device: no variant for %s", kl_device_name(ctx->device));
+}
+
+size_t kda_workspace(const kl_ctx *ctx, const kda_problem *p, kl_pass pass)
+{
+    if (!ctx || kl_failed(kda_validate(NULL, p)))
+        return 0;
+    const kl_variant *v = kda_pick(ctx->device, NULL, p, pass);
+    return v ? v->workspace(ctx, p, pass) : 0;
+}
+
+kl_status kda_forward(kl_ctx *ctx, const kda_problem *p, void *workspace, size_t bytes)
+{
+    const kl_variant *v;
+    KL_TRY(pick(ctx, p, KL_FORWARD, &v));
+    return v->forward(ctx, p, workspace, bytes);
+}
+
+kl_status kda_backward(kl_ctx *ctx, const kda_problem *p, const kda_grads *g, void *workspace, size_t bytes)
+{
+    const kl_variant *v;
+    KL_TRY(pick(ctx, p, KL_BACKWARD, &v));
+    return v->backward(ctx, p, g, workspace, bytes);
+}
