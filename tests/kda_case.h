@@ -371,9 +371,9 @@ static inline double case_backward_error(kda_case *c)
     case_norms dh0 = {0};
     for (int64_t n = 0; n < c->N; n++)
         case_add_state(c, &dh0, c->g.dh0 + n * size, c->dh0 + n * size);
-    /* Without d_o, dh0 is dht after all the decays, possibly 1e-100 of it: it is scored against a thousandth of dht. */
+    /* Without d_o, dh0 is dht after all the decays, possibly 1e-100 of it: it is scored against a hundredth of dht. */
     for (int64_t i = 0; c->g.dht && i < c->N * size; i++)
-        dh0.ref += 1e-6 * c->g.dht[i] * c->g.dht[i];
+        dh0.ref += 1e-4 * c->g.dht[i] * c->g.dht[i];
     worst = case_worse(worst, case_score(dh0));
     if (c->g.dA_log)
         worst = case_worse(worst, kl_rel_err(c->g.dA_log, c->dA_log, (size_t)p->HV));
