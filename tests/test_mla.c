@@ -315,10 +315,29 @@ static void random_problems(void **state)
     }
 }
 
+/* Sizes that the tiles of the AMX path take: one and several groups of rows, whole and broken blocks, several pieces. */
+static void tile_sizes(void **state)
+{
+    (void)state;
+    uint64_t seed = first_seed();
+    static const shape shapes[] = {
+        {.N = 2, .H = 32, .R = 64, .Dn = 16, .Dr = 32, .Dv = 16, .queries = {1, 3}, .keys = {700, 131}, .size = 1.0f},
+        {.N = 3, .H = 5, .R = 96, .Dn = 16, .Dr = 0, .Dv = 16, .queries = {8, 1, 2}, .keys = {40, 1, 600}, .size = 1.0f},
+        {.N = 1, .H = 48, .R = 32, .Dn = 8, .Dr = 64, .Dv = 8, .queries = {2}, .keys = {300}, .size = 1.0f},
+    };
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int type = 0; type < 2; type++) {
+            shape s = shapes[i];
+            s.latent = type ? KL_BF16 : KL_F32;
+            check_all(&s, seed + i, 1.0);
+        }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(random_problems),
+        cmocka_unit_test(tile_sizes),
     };
     return cmocka_run_group_tests_name("mla", tests, NULL, NULL);
 }

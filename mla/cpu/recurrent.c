@@ -101,7 +101,7 @@ static workspace carve(const kl_ctx *ctx, const mla_problem *p, const mla_block_
     round_size most = largest_round(p);
     w.packed_bytes = ops->packed_bytes(p);
     w.s_size = most.most_groups * MLA_BLOCK * MLA_GROUP;
-    w.scratch_bytes = (mla_max((int64_t)ops->scratch_bytes(p), mla_absorb_scratch(p) * (int64_t)sizeof(float)) + 63) / 64 * 64;
+    w.scratch_bytes = (mla_max((int64_t)ops->scratch_bytes(p, most.most_groups), mla_absorb_scratch(p) * (int64_t)sizeof(float)) + 63) / 64 * 64;
     w.jobs = KL_TAKE(a, mla_job, most.jobs);
     w.rows = KL_TAKE(a, float, kl_mul((size_t)most.rows, (size_t)(p->R + p->Dr), &a->overflow));
     w.packed = KL_TAKE(a, char, kl_mul((size_t)(most.rows / MLA_GROUP), w.packed_bytes, &a->overflow));
@@ -148,14 +148,29 @@ static kl_v softmax_group(float *s, int64_t keys, const kl_vi *seen, float *m, f
     return factor;
 }
 
-static void rescale(float *o, int64_t R, kl_v factor)
+/* a[0..R) = factor o (+ a unless first), where o has the layout of ops. */
+static void gather_row(const mla_block_ops *ops, int64_t R, const float *o, float factor, bool first, float *a)
+{
+    int64_t v = 0;
+    for (; v + KL_LANES <= R; v += KL_LANES, o += ops->vector_step)
+        kl_vstore(a + v, factor * kl_vload(o) + (first ? (kl_v){0} : kl_vload(a + v)));
+    for (int64_t x = 0; v + x < R; x++)
+        a[v + x] = factor * o[x] + (first ? 0.0f : a[v + x]);
+}
+
+static int64_t row_step(const mla_block_ops *ops, int64_t R) { return ops->row_step ? ops->row_step : R; }
+
+static void rescale(const mla_block_ops *ops, int64_t R, kl_v factor, float *o)
 {
     for (int r = 0; r < MLA_GROUP; r++) {
-        float f = factor[r];
+        float f = factor[r], *row = o + r * row_step(ops, R);
         if (f == 1.0f)
             continue;
-        for (int64_t d = 0; d < R; d++)
-            o[r * R + d] *= f;
+        int64_t v = 0;
+        for (; v + KL_LANES <= R; v += KL_LANES, row += ops->vector_step)
+            kl_vstore(row, f * kl_vload(row));
+        for (int64_t x = 0; v + x < R; x++)
+            row[x] *= f;
     }
 }
 
@@ -190,7 +205,7 @@ static void run_piece(const mla_problem *p, const mla_block_ops *ops, const work
             kl_vi seen = seen_lanes(p, job, g, j);
             kl_v factor = softmax_group(s + g * MLA_BLOCK * MLA_GROUP, keys, all_visible ? NULL : &seen, m + g * MLA_GROUP, l + g * MLA_GROUP);
             if (j > begin)
-                rescale(o + g * MLA_GROUP * p->R, p->R, factor);
+                rescale(ops, p->R, factor, o + g * MLA_GROUP * p->R);
         }
         ops->accumulate(p, row, keys, job->groups, s, scratch, j == begin, o);
     }
@@ -199,7 +214,7 @@ static void run_piece(const mla_problem *p, const mla_block_ops *ops, const work
 }
 
 /* m = max_p m_p,  l = sum_p e^(m_p - m) l_p,  a = sum_p e^(m_p - m) sum_p / l */
-static void combine_row(const mla_problem *p, const workspace *w, const mla_job *job, int64_t r)
+static void combine_row(const mla_problem *p, const mla_block_ops *ops, const workspace *w, const mla_job *job, int64_t r)
 {
     int64_t lanes = job->groups * MLA_GROUP;
     float top = -INFINITY, l = 0.0f, weight[MOST_PIECES], *a = w->rows + (size_t)(job->row + r) * (size_t)(p->R + p->Dr);
@@ -209,13 +224,12 @@ static void combine_row(const mla_problem *p, const workspace *w, const mla_job 
         weight[x] = expf(w->m[job->part + x * lanes + r] - top);
         l += weight[x] * w->l[job->part + x * lanes + r];
     }
-    memset(a, 0, (size_t)p->R * sizeof(float));
     for (int64_t x = 0; x < job->pieces; x++) {
-        const float *o = w->o + (size_t)(job->part + x * lanes + r) * (size_t)p->R;
-        float f = weight[x] / l;
-        for (int64_t d = 0; d < p->R; d++)
-            a[d] += f * o[d];
+        const float *o = w->o + (size_t)(job->part + x * lanes + r / MLA_GROUP * MLA_GROUP) * (size_t)p->R;
+        gather_row(ops, p->R, o + r % MLA_GROUP * row_step(ops, p->R), weight[x] / l, x == 0, a);
     }
+    if (ops->order)
+        ops->order(p, a);
     if (p->lse)
         p->lse[(size_t)(p->cu_q[job->n] + job->i0) * (size_t)p->H + (size_t)r] = top + logf(l);
 }
@@ -240,7 +254,7 @@ static void run_round(const kl_ctx *ctx, const mla_problem *p, const mla_block_o
         for (int64_t i = 0; i < round.jobs; i++)
             for (int64_t r = 0; r < round.most_groups * MLA_GROUP; r++)
                 if (r < w->jobs[i].tokens * p->H)
-                    combine_row(p, w, &w->jobs[i], r);
+                    combine_row(p, ops, w, &w->jobs[i], r);
         mla_project(p, w->jobs, round.jobs, (float *)scratch, w->rows);
     }
 }

@@ -20,20 +20,23 @@ typedef struct mla_job {
 } mla_job;
 
 /* Products of packed rows with `keys` <= MLA_BLOCK latent rows. s, then P in its place: [groups, MLA_BLOCK, MLA_GROUP].
- * scratch: scratch_bytes() of the calling thread; what score() leaves there accumulate() finds. */
+ * Vector v (16 dimensions) of the sum of row r of a group lies at r row_step + v vector_step floats of the group's R MLA_GROUP
+ * floats; row_step 0 stands for R. scratch: scratch_bytes() of the calling thread; what score() leaves there accumulate() finds. */
 typedef struct mla_block_ops {
     const char *name;
-    size_t (*packed_bytes)(const mla_problem *p);  /* of one group; a multiple of 64 */
-    size_t (*scratch_bytes)(const mla_problem *p); /* of one thread */
-    void (*begin)(void);                           /* before the first block of a piece, and after the last; may be NULL */
+    size_t (*packed_bytes)(const mla_problem *p);                  /* of one group; a multiple of 64 */
+    size_t (*scratch_bytes)(const mla_problem *p, int64_t groups); /* of one thread, for jobs of so many groups */
+    int64_t row_step, vector_step;
+    void (*begin)(void);                                           /* around the blocks of a piece; may be NULL */
     void (*end)(void);
     /* rows [MLA_GROUP,R+Dr] of absorbed queries, scale included -> packed */
     void (*pack)(const mla_problem *p, const float *rows, void *packed);
     /* s[g][j][r] = row (g,r) . c_j, for the block that begins with latent row `row`; the next block, which begins with
      * row + keys and has `ahead` keys, may be prefetched */
     void (*score)(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *scratch, float *s);
-    /* o[g MLA_GROUP + r][R] (+)= sum_j P[g][j][r] c_j[:R]; overwrites when first */
-    void (*accumulate)(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, const float *s, void *scratch, bool first, float *o);
+    /* o[g][r][:R] (+)= sum_j P[g][j][r] c_j[:R]; overwrites when first; may use up s */
+    void (*accumulate)(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, float *s, void *scratch, bool first, float *o);
+    void (*order)(const mla_problem *p, float *row);               /* puts the dimensions of a finished row in order; may be NULL */
 } mla_block_ops;
 
 extern const mla_block_ops mla_block_portable;

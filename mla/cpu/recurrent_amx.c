@@ -1,2 +1,456 @@
+/* The block products of the recurrent form on AMX (Sapphire Rapids and later): products of bf16 tiles, summed in float.
+ *
+ * A float is carried as a sum of bf16 parts, hi + lo (error about 2^-17 of it): queries and probabilities always, latent
+ * rows when they are float; the product lo lo is left out. One tile product takes 16 rows of 32 pairs:
+ *
+ *     s^T [16 keys, 16 rows] += c [16 keys, 32 dims] q^T [32 dims, 16 rows]     latent rows straight from the cache
+ *     o   [16 rows, 16 dims] += P^T [16 rows, 32 keys] c [32 keys, 16 dims]     pairs of latent rows interleaved
+ *
+ * Interleaving works inside 128-bit lanes, so that the 32 columns of two neighbouring sum tiles are shuffled among
+ * themselves; order() puts them right once, after the pieces are combined. */
 #include "mla/cpu/recurrent.h"
-const mla_block_ops *mla_block_amx(const mla_problem *p) { (void)p; return NULL; }
+
+#if defined(__x86_64__) && defined(__linux__)
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+/* Tile loads read memory behind the compiler's back. */
+#define STORES_DONE() __asm__ volatile("" ::: "memory")
+
+enum { TILE = 16, DEPTH = 32, CHUNKS = MLA_BLOCK / DEPTH, PARTS = 2 };
+
+typedef struct tile {
+    uint32_t word[TILE][16];
+} tile;
+
+/* P of one group: [16 rows][16 pairs of keys]. */
+typedef struct weights {
+    tile part[PARTS][CHUNKS];
+} weights;
+
+/* 32 columns of the latent block: [16 pairs of keys][16 columns] of either half. */
+typedef struct strip {
+    tile half[2][CHUNKS];
+} strip;
+
+/* What one thread keeps between score() and accumulate(). */
+typedef struct scratch {
+    uint16_t *block;    /* [parts of the latent, MLA_BLOCK, R+Dr] where it cannot be read in place */
+    weights *weight;    /* [groups] */
+    strip *strip;       /* [parts of the latent] */
+} scratch;
+
+static int latent_parts(const mla_problem *p) { return p->latent_dtype == KL_F32 ? 2 : 1; }
+
+static size_t packed_bytes(const mla_problem *p)
+{
+    return (size_t)((p->R + p->Dr) / DEPTH) * PARTS * sizeof(tile);
+}
+
+static size_t block_bytes(const mla_problem *p)
+{
+    return (size_t)latent_parts(p) * MLA_BLOCK * (size_t)(p->R + p->Dr) * sizeof(uint16_t);
+}
+static size_t scratch_bytes(const mla_problem *p, int64_t groups)
+{
+    return block_bytes(p) + (size_t)groups * sizeof(weights) + (size_t)latent_parts(p) * sizeof(strip);
+}
+static scratch carve(const mla_problem *p, void *memory)
+{
+    char *at = memory;
+    strip *strips = (strip *)(at + block_bytes(p));
+    return (scratch){(uint16_t *)at, (weights *)(strips + latent_parts(p)), strips};
+}
+
+/* ---- what the machine offers ---- */
+
+static bool ask_for_tiles(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return false;
+    bool tiles = (d >> 22 & 1) && (d >> 24 & 1);                                            /* AMX-BF16, AMX-TILE */
+    bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);         /* F, DQ, BW, VL */
+    return tiles && avx512 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+/* Asked once a process: the permission lasts. */
+static bool have_tiles(void)
+{
+    static atomic_int known; /* 0: not asked yet */
+    int answer = atomic_load(&known);
+    if (!answer) {
+        answer = ask_for_tiles() ? 1 : 2;
+        atomic_store(&known, answer);
+    }
+    return answer == 1;
+}
+
+AMX static void begin(void)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int t = 0; t < 8; t++) {
+        config.bytes[t] = 64;
+        config.rows[t] = TILE;
+    }
+    STORES_DONE();
+    _tile_loadconfig(&config);
+}
+
+AMX static void end(void)
+{
+    _tile_release();
+}
+
+/* ---- splitting and packing ---- */
+
+/* bf16 bits of 16 floats in the low halves of the words, nearest even; *rest: what they leave. */
+AMX static inline __m512i split(__m512 x, __m512 *rest)
+{
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    *rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32((int)0xffff0000))));
+    return _mm512_srli_epi32(rounded, 16);
+}
+
+/* packed[d / 32][part]: word (k, r) holds the dimensions d + 2k and d + 2k + 1 of row r */
+static void pack(const mla_problem *p, const float *rows, void *packed)
+{
+    int64_t width = p->R + p->Dr;
+    tile *out = packed;
+    for (int64_t d = 0; d < width; d++) {
+        for (int r = 0; r < TILE; r++) {
+            float x = rows[r * width + d];
+            for (int part = 0; part < PARTS; part++) {
+                uint16_t bits = kl_f32_to_bf16(x);
+                uint32_t *word = &out[d / DEPTH * PARTS + part].word[d % DEPTH / 2][r];
+                *word = d % 2 ? *word | (uint32_t)bits << 16 : bits;
+                x -= kl_bf16_to_f32(bits);
+            }
+        }
+    }
+}
+
+/* m[i][k] <- m[k][i], 32-bit words */
+AMX static inline void transpose(__m512i m[16])
+{
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(m[i], m[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(m[i], m[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        m[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        m[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        m[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        m[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        m[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        m[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        m[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        m[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* P of one group, [keys padded to 32][16 rows] -> tiles [16 rows][16 pairs of keys], in two parts */
+AMX static void pack_weights(const float *s, int chunks, weights *w)
+{
+    for (int c = 0; c < chunks; c++) {
+        __m512i hi[16], lo[16];
+        for (int k = 0; k < 16; k++) {
+            __m512 even = _mm512_loadu_ps(s + (c * DEPTH + 2 * k) * TILE), odd = _mm512_loadu_ps(s + (c * DEPTH + 2 * k + 1) * TILE), rest;
+            __m512i even_hi = split(even, &even), odd_hi = split(odd, &odd);
+            hi[k] = _mm512_or_si512(even_hi, _mm512_slli_epi32(odd_hi, 16));
+            lo[k] = _mm512_or_si512(split(even, &rest), _mm512_slli_epi32(split(odd, &rest), 16));
+        }
+        transpose(hi);
+        transpose(lo);
+        for (int r = 0; r < TILE; r++) {
+            _mm512_store_si512(w->part[0][c].word[r], hi[r]);
+            _mm512_store_si512(w->part[1][c].word[r], lo[r]);
+        }
+    }
+}
+
+/* ---- the latent block ---- */
+
+/* Where the tiles of a block are loaded from: the cache itself, or a copy; lo is NULL where bf16 rows have no such part. */
+typedef struct block {
+    const char *hi, *lo;
+    int64_t stride; /* bytes */
+} block;
+
+static block block_of(const mla_problem *p, int64_t row, int64_t keys, const scratch *w)
+{
+    int64_t width = p->R + p->Dr;
+    const char *copy = (const char *)w->block;
+    if (p->latent_dtype == KL_F32)
+        return (block){copy, copy + MLA_BLOCK * width * 2, width * 2};
+    return (block){keys % DEPTH ? copy : mla_latent_at(p, row, 0), NULL, width * 2};
+}
+
+/* Float rows are split, and a block that is not whole chunks of keys is filled up with zeros. */
+AMX static void copy_block(const mla_problem *p, int64_t row, int64_t keys, scratch *w)
+{
+    int64_t width = p->R + p->Dr, padded = kl_ceil_div(keys, DEPTH) * DEPTH;
+    size_t used = (size_t)(keys * width), all = (size_t)(padded * width);
+    uint16_t *hi = w->block, *lo = hi + MLA_BLOCK * width;
+    if (p->latent_dtype == KL_F32) {
+        const float *c = mla_latent_at(p, row, 0);
+        for (size_t i = 0; i < used; i += TILE) { /* used is a multiple of 32 */
+            __m512 rest, ignored;
+            _mm256_storeu_si256((__m256i *)(hi + i), _mm512_cvtepi32_epi16(split(_mm512_loadu_ps(c + i), &rest)));
+            _mm256_storeu_si256((__m256i *)(lo + i), _mm512_cvtepi32_epi16(split(rest, &ignored)));
+        }
+        memset(lo + used, 0, (all - used) * sizeof *lo);
+    } else if (padded > keys) {
+        memcpy(hi, mla_latent_at(p, row, 0), used * sizeof *hi);
+    } else {
+        return;
+    }
+    memset(hi + used, 0, (all - used) * sizeof *hi);
+}
+
+/* ---- s^T = c q^T ---- */
+
+/* Four sums: keys j .. j+31 of the block against two groups. */
+AMX static void score_pair(const block *b, int64_t j, int64_t steps, const tile *q0, const tile *q1, float *s0, float *s1)
+{
+    int64_t at = j * b->stride, below = at + TILE * b->stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < steps; d++) {
+        _tile_loadd(4, b->hi + at + d * 64, b->stride);
+        _tile_loadd(5, b->hi + below + d * 64, b->stride);
+        for (int part = PARTS - 1; part >= 0; part--) {
+            _tile_loadd(6, q0 + d * PARTS + part, 64);
+            _tile_loadd(7, q1 + d * PARTS + part, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        if (b->lo) {
+            _tile_loadd(4, b->lo + at + d * 64, b->stride);
+            _tile_loadd(5, b->lo + below + d * 64, b->stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, s0, 64);
+    _tile_stored(1, s0 + TILE * TILE, 64);
+    _tile_stored(2, s1, 64);
+    _tile_stored(3, s1 + TILE * TILE, 64);
+}
+
+/* Two sums: the same keys against one group. */
+AMX static void score_single(const block *b, int64_t j, int64_t steps, const tile *q, float *s)
+{
+    int64_t at = j * b->stride, below = at + TILE * b->stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t d = 0; d < steps; d++) {
+        _tile_loadd(4, b->hi + at + d * 64, b->stride);
+        _tile_loadd(5, b->hi + below + d * 64, b->stride);
+        _tile_loadd(6, q + d * PARTS, 64);
+        _tile_loadd(7, q + d * PARTS + 1, 64);
+        _tile_dpbf16ps(0, 4, 7);
+        _tile_dpbf16ps(1, 5, 7);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (b->lo) {
+            _tile_loadd(4, b->lo + at + d * 64, b->stride);
+            _tile_loadd(5, b->lo + below + d * 64, b->stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+    }
+    _tile_stored(0, s, 64);
+    _tile_stored(1, s + TILE * TILE, 64);
+}
+
+static void prefetch(const mla_problem *p, int64_t row, int64_t rows)
+{
+    const char *c = mla_latent_at(p, row, 0);
+    int64_t bytes = (p->R + p->Dr) * (int64_t)kl_dtype_size(p->latent_dtype) * rows;
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(c + i, 0, 2);
+}
+
+AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *memory, float *s)
+{
+    scratch w = carve(p, memory);
+    int64_t steps = (p->R + p->Dr) / DEPTH, tiles = steps * PARTS, S = MLA_BLOCK * MLA_GROUP;
+    const tile *q = packed;
+    copy_block(p, row, keys, &w);
+    block b = block_of(p, row, keys, &w);
+    STORES_DONE();
+    for (int64_t j = 0; j < keys; j += DEPTH) {
+        if (j < ahead)
+            prefetch(p, row + keys + j, mla_min(DEPTH, ahead - j));
+        int64_t g = 0;
+        for (; g + 2 <= groups; g += 2)
+            score_pair(&b, j, steps, q + g * tiles, q + (g + 1) * tiles, s + g * S + j * TILE, s + (g + 1) * S + j * TILE);
+        if (g < groups)
+            score_single(&b, j, steps, q + g * tiles, s + g * S + j * TILE);
+    }
+}
+
+/* ---- o += P^T c ---- */
+
+/* Columns 32 v .. 32 v + 31 of `chunks` chunks of keys, pairs of rows interleaved. */
+AMX static void interleave(const char *from, int64_t stride, int chunks, strip *out)
+{
+    for (int c = 0; c < chunks; c++) {
+        for (int k = 0; k < TILE; k++) {
+            const char *at = from + (c * DEPTH + 2 * k) * stride;
+            __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + stride);
+            _mm512_store_si512(out->half[0][c].word[k], _mm512_unpacklo_epi16(even, odd));
+            _mm512_store_si512(out->half[1][c].word[k], _mm512_unpackhi_epi16(even, odd));
+        }
+    }
+}
+
+/* Two neighbouring tiles [16 rows][16 dims] of two groups. */
+AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, int parts, int chunks, bool first, float *o0, float *o1)
+{
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, o0, 64);
+        _tile_loadd(1, o0 + TILE * TILE, 64);
+        _tile_loadd(2, o1, 64);
+        _tile_loadd(3, o1 + TILE * TILE, 64);
+    }
+    for (int k = 0; k < chunks; k++) {
+        _tile_loadd(6, &c[0].half[0][k], 64);
+        _tile_loadd(7, &c[0].half[1][k], 64);
+        for (int part = PARTS - 1; part >= 0; part--) {
+            _tile_loadd(4, &w0->part[part][k], 64);
+            _tile_loadd(5, &w1->part[part][k], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        if (parts == 2) {
+            _tile_loadd(6, &c[1].half[0][k], 64);
+            _tile_loadd(7, &c[1].half[1][k], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, o0, 64);
+    _tile_stored(1, o0 + TILE * TILE, 64);
+    _tile_stored(2, o1, 64);
+    _tile_stored(3, o1 + TILE * TILE, 64);
+}
+
+/* The same of one group. */
+AMX static void sum_single(const weights *w, const strip *c, int parts, int chunks, bool first, float *o)
+{
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_loadd(0, o, 64);
+        _tile_loadd(1, o + TILE * TILE, 64);
+    }
+    for (int k = 0; k < chunks; k++) {
+        _tile_loadd(6, &c[0].half[0][k], 64);
+        _tile_loadd(7, &c[0].half[1][k], 64);
+        _tile_loadd(4, &w->part[0][k], 64);
+        _tile_loadd(5, &w->part[1][k], 64);
+        _tile_dpbf16ps(0, 5, 6);
+        _tile_dpbf16ps(1, 5, 7);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (parts == 2) {
+            _tile_loadd(6, &c[1].half[0][k], 64);
+            _tile_loadd(7, &c[1].half[1][k], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    }
+    _tile_stored(0, o, 64);
+    _tile_stored(1, o + TILE * TILE, 64);
+}
+
+AMX static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, float *s, void *memory, bool first, float *o)
+{
+    scratch w = carve(p, memory);
+    int chunks = (int)kl_ceil_div(keys, DEPTH), parts = latent_parts(p);
+    block b = block_of(p, row, keys, &w);
+    for (int64_t g = 0; g < groups; g++) {
+        float *probability = s + g * MLA_BLOCK * MLA_GROUP;
+        memset(probability + keys * TILE, 0, (size_t)(chunks * DEPTH - keys) * TILE * sizeof(float));
+        pack_weights(probability, chunks, &w.weight[g]);
+    }
+    for (int64_t v = 0; v < p->R / DEPTH; v++) {
+        interleave(b.hi + v * 64, b.stride, chunks, &w.strip[0]);
+        if (b.lo)
+            interleave(b.lo + v * 64, b.stride, chunks, &w.strip[1]);
+        STORES_DONE();
+        float *column = o + 2 * v * TILE * TILE;
+        int64_t g = 0;
+        for (; g + 2 <= groups; g += 2)
+            sum_pair(&w.weight[g], &w.weight[g + 1], w.strip, parts, chunks, first, column + g * TILE * p->R, column + (g + 1) * TILE * p->R);
+        if (g < groups)
+            sum_single(&w.weight[g], w.strip, parts, chunks, first, column + g * TILE * p->R);
+    }
+}
+
+/* Columns 0-3, 8-11, 16-19, 24-27 of 32 lie in the first of two tiles, the others in the second. */
+static void order(const mla_problem *p, float *row)
+{
+    for (int64_t d = 0; d < p->R; d += DEPTH) {
+        float mixed[DEPTH];
+        memcpy(mixed, row + d, sizeof mixed);
+        for (int x = 0; x < DEPTH; x++)
+            row[d + x] = mixed[x / 4 % 2 * TILE + x / 8 * 4 + x % 4];
+    }
+}
+
+static const mla_block_ops table = {"amx", packed_bytes, scratch_bytes, TILE, TILE * TILE, begin, end, pack, score, accumulate, order};
+
+const mla_block_ops *mla_block_amx(const mla_problem *p)
+{
+    bool sizes = p->R % DEPTH == 0 && (p->R + p->Dr) % DEPTH == 0;
+    return sizes && have_tiles() ? &table : NULL;
+}
+
+#else
+
+const mla_block_ops *mla_block_amx(const mla_problem *p)
+{
+    (void)p;
+    return NULL;
+}
+
+#endif

@@ -14,8 +14,9 @@ static size_t packed_bytes(const mla_problem *p)
 {
     return (size_t)(p->R + p->Dr) * MLA_GROUP * sizeof(float);
 }
-static size_t scratch_bytes(const mla_problem *p)
+static size_t scratch_bytes(const mla_problem *p, int64_t groups)
 {
+    (void)groups;
     return p->latent_dtype == KL_F32 ? 0 : (size_t)(p->R + p->Dr) * MLA_BLOCK * sizeof(float);
 }
 
@@ -115,7 +116,7 @@ static void sum_rest(int64_t size, const float *c, int64_t width, int64_t keys, 
     }
 }
 
-static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, const float *s, void *scratch, bool first, float *o)
+static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, float *s, void *scratch, bool first, float *o)
 {
     const float *c = float_block(p, row, keys, scratch, false);
     int64_t width = p->R + p->Dr, R = p->R;
@@ -137,4 +138,4 @@ static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t 
     }
 }
 
-const mla_block_ops mla_block_portable = {"float", packed_bytes, scratch_bytes, NULL, NULL, pack, score, accumulate};
+const mla_block_ops mla_block_portable = {"float", packed_bytes, scratch_bytes, 0, KL_LANES, NULL, NULL, pack, score, accumulate, NULL};
