@@ -6,6 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "common/dtype.h"
 
 typedef float kl_v __attribute__((vector_size(64)));
@@ -81,6 +85,25 @@ static inline float kl_vmax_lane(kl_v x)
 
 /* e^x within 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 polynomial, then scale by 2^n in two
  * halves. Below -104 the result is 0, above 88.7 infinity; NaN stays NaN. */
+#if defined(__AVX512F__)
+/* The scaling by 2^n, with its underflow and overflow, is one instruction; max() hands on NaN, its second argument. */
+static inline kl_v kl_vexp(kl_v x)
+{
+    kl_v low = (kl_v)_mm512_max_ps((__m512)kl_vset(-110.0f), (__m512)x);
+    kl_v n = (kl_v)_mm512_roundscale_ps((__m512)(low * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    n = (kl_v)_mm512_min_ps((__m512)kl_vset(130.0f), (__m512)n);
+    kl_v r = low - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    kl_v p = kl_vset(1.38888889e-3f);
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return (kl_v)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+#else
 static inline kl_v kl_vexp(kl_v x)
 {
     kl_v clamped = kl_vmin(kl_vmax(x, kl_vset(-104.0f)), kl_vset(89.0f));
@@ -103,6 +126,7 @@ static inline kl_v kl_vexp(kl_v x)
     kl_vi bits = (kl_vi)y & ~under;
     return (kl_v)((bits & ~nan) | ((kl_vi)x & nan));
 }
+#endif
 
 static inline kl_v kl_vsigmoid(kl_v x) { return 1.0f / (1.0f + kl_vexp(-x)); }
 
