@@ -42,7 +42,7 @@ typedef struct strip {
 typedef struct scratch {
     uint16_t *block;    /* [parts of the latent, MLA_BLOCK, R+Dr] where it cannot be read in place */
     weights *weight;    /* [groups] */
-    strip *strip;       /* [parts of the latent] */
+    strip *strip;       /* [2, parts of the latent], in turns */
 } scratch;
 
 static int latent_parts(const mla_problem *p) { return p->latent_dtype == KL_F32 ? 2 : 1; }
@@ -58,13 +58,13 @@ static size_t block_bytes(const mla_problem *p)
 }
 static size_t scratch_bytes(const mla_problem *p, int64_t groups)
 {
-    return block_bytes(p) + (size_t)groups * sizeof(weights) + (size_t)latent_parts(p) * sizeof(strip);
+    return 64 + block_bytes(p) + (size_t)groups * sizeof(weights) + 2 * (size_t)latent_parts(p) * sizeof(strip);
 }
 static scratch carve(const mla_problem *p, void *memory)
 {
-    char *at = memory;
+    char *at = (char *)memory + 64;
     strip *strips = (strip *)(at + block_bytes(p));
-    return (scratch){(uint16_t *)at, (weights *)(strips + latent_parts(p)), strips};
+    return (scratch){(uint16_t *)at, (weights *)(strips + 2 * latent_parts(p)), strips};
 }
 
 /* ---- what the machine offers ---- */
@@ -169,17 +169,24 @@ AMX static inline void transpose(__m512i m[16])
     }
 }
 
+/* Two floats a word, the second in the high half: hi parts cut off, lo parts rounded (2^-16 of P is left at most). */
+AMX static inline void split_pair(__m512 even, __m512 odd, __m512i *hi, __m512i *lo)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+    __m512i e = _mm512_castps_si512(even), o = _mm512_castps_si512(odd), e_cut = _mm512_and_si512(e, high), o_cut = _mm512_and_si512(o, high);
+    __m512i e_rest = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(even, _mm512_castsi512_ps(e_cut))), half);
+    __m512i o_rest = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(odd, _mm512_castsi512_ps(o_cut))), half);
+    *hi = _mm512_or_si512(_mm512_srli_epi32(e, 16), o_cut);
+    *lo = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e_rest, 16), o_rest);
+}
+
 /* P of one group, [keys padded to 32][16 rows] -> tiles [16 rows][16 pairs of keys], in two parts */
 AMX static void pack_weights(const float *s, int chunks, weights *w)
 {
     for (int c = 0; c < chunks; c++) {
         __m512i hi[16], lo[16];
-        for (int k = 0; k < 16; k++) {
-            __m512 even = _mm512_loadu_ps(s + (c * DEPTH + 2 * k) * TILE), odd = _mm512_loadu_ps(s + (c * DEPTH + 2 * k + 1) * TILE), rest;
-            __m512i even_hi = split(even, &even), odd_hi = split(odd, &odd);
-            hi[k] = _mm512_or_si512(even_hi, _mm512_slli_epi32(odd_hi, 16));
-            lo[k] = _mm512_or_si512(split(even, &rest), _mm512_slli_epi32(split(odd, &rest), 16));
-        }
+        for (int k = 0; k < 16; k++)
+            split_pair(_mm512_loadu_ps(s + (c * DEPTH + 2 * k) * TILE), _mm512_loadu_ps(s + (c * DEPTH + 2 * k + 1) * TILE), &hi[k], &lo[k]);
         transpose(hi);
         transpose(lo);
         for (int r = 0; r < TILE; r++) {
@@ -228,10 +235,32 @@ AMX static void copy_block(const mla_problem *p, int64_t row, int64_t keys, scra
     memset(hi + used, 0, (all - used) * sizeof *hi);
 }
 
+/* The next block, asked for a few lines at a time while this one is worked on. */
+typedef struct coming {
+    const char *at, *end;
+    int64_t bytes; /* a step */
+} coming;
+
+static coming next_block(const mla_problem *p, int64_t row, int64_t rows, int64_t groups, int64_t keys)
+{
+    int64_t pairs = kl_ceil_div(groups, 2), chunks = kl_ceil_div(keys, DEPTH);
+    int64_t steps = chunks * pairs * (p->R + p->Dr) / DEPTH * 2 + chunks * pairs * p->R / DEPTH * 2 + chunks * p->R / DEPTH * latent_parts(p);
+    int64_t bytes = (p->R + p->Dr) * (int64_t)kl_dtype_size(p->latent_dtype) * rows;
+    const char *at = rows ? mla_latent_at(p, row, 0) : NULL;
+    return (coming){at, at + bytes, kl_ceil_div(kl_ceil_div(bytes, 64), steps) * 64};
+}
+
+static inline void prefetch(coming *next)
+{
+    const char *stop = next->end - next->at < next->bytes ? next->end : next->at + next->bytes;
+    for (; next->at < stop; next->at += 64)
+        __builtin_prefetch(next->at, 0, 2);
+}
+
 /* ---- s^T = c q^T ---- */
 
 /* Four sums: keys j .. j+31 of the block against two groups. */
-AMX static void score_pair(const block *b, int64_t j, int64_t steps, const tile *q0, const tile *q1, float *s0, float *s1)
+AMX static void score_pair(const block *b, int64_t j, int64_t steps, coming *next, const tile *q0, const tile *q1, float *s0, float *s1)
 {
     int64_t at = j * b->stride, below = at + TILE * b->stride;
     _tile_zero(0);
@@ -242,6 +271,7 @@ AMX static void score_pair(const block *b, int64_t j, int64_t steps, const tile 
         _tile_loadd(4, b->hi + at + d * 64, b->stride);
         _tile_loadd(5, b->hi + below + d * 64, b->stride);
         for (int part = PARTS - 1; part >= 0; part--) {
+            prefetch(next);
             _tile_loadd(6, q0 + d * PARTS + part, 64);
             _tile_loadd(7, q1 + d * PARTS + part, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -265,7 +295,7 @@ AMX static void score_pair(const block *b, int64_t j, int64_t steps, const tile 
 }
 
 /* Two sums: the same keys against one group. */
-AMX static void score_single(const block *b, int64_t j, int64_t steps, const tile *q, float *s)
+AMX static void score_single(const block *b, int64_t j, int64_t steps, coming *next, const tile *q, float *s)
 {
     int64_t at = j * b->stride, below = at + TILE * b->stride;
     _tile_zero(0);
@@ -273,6 +303,7 @@ AMX static void score_single(const block *b, int64_t j, int64_t steps, const til
     for (int64_t d = 0; d < steps; d++) {
         _tile_loadd(4, b->hi + at + d * 64, b->stride);
         _tile_loadd(5, b->hi + below + d * 64, b->stride);
+        prefetch(next);
         _tile_loadd(6, q + d * PARTS, 64);
         _tile_loadd(7, q + d * PARTS + 1, 64);
         _tile_dpbf16ps(0, 4, 7);
@@ -290,14 +321,6 @@ AMX static void score_single(const block *b, int64_t j, int64_t steps, const til
     _tile_stored(1, s + TILE * TILE, 64);
 }
 
-static void prefetch(const mla_problem *p, int64_t row, int64_t rows)
-{
-    const char *c = mla_latent_at(p, row, 0);
-    int64_t bytes = (p->R + p->Dr) * (int64_t)kl_dtype_size(p->latent_dtype) * rows;
-    for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(c + i, 0, 2);
-}
-
 AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *memory, float *s)
 {
     scratch w = carve(p, memory);
@@ -305,24 +328,25 @@ AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t a
     const tile *q = packed;
     copy_block(p, row, keys, &w);
     block b = block_of(p, row, keys, &w);
+    coming *next = memory;
+    *next = next_block(p, row + keys, ahead, groups, keys);
     STORES_DONE();
     for (int64_t j = 0; j < keys; j += DEPTH) {
-        if (j < ahead)
-            prefetch(p, row + keys + j, mla_min(DEPTH, ahead - j));
         int64_t g = 0;
         for (; g + 2 <= groups; g += 2)
-            score_pair(&b, j, steps, q + g * tiles, q + (g + 1) * tiles, s + g * S + j * TILE, s + (g + 1) * S + j * TILE);
+            score_pair(&b, j, steps, next, q + g * tiles, q + (g + 1) * tiles, s + g * S + j * TILE, s + (g + 1) * S + j * TILE);
         if (g < groups)
-            score_single(&b, j, steps, q + g * tiles, s + g * S + j * TILE);
+            score_single(&b, j, steps, next, q + g * tiles, s + g * S + j * TILE);
     }
 }
 
 /* ---- o += P^T c ---- */
 
 /* Columns 32 v .. 32 v + 31 of `chunks` chunks of keys, pairs of rows interleaved. */
-AMX static void interleave(const char *from, int64_t stride, int chunks, strip *out)
+AMX static void interleave(const char *from, int64_t stride, int chunks, coming *next, strip *out)
 {
     for (int c = 0; c < chunks; c++) {
+        prefetch(next);
         for (int k = 0; k < TILE; k++) {
             const char *at = from + (c * DEPTH + 2 * k) * stride;
             __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + stride);
@@ -332,8 +356,15 @@ AMX static void interleave(const char *from, int64_t stride, int chunks, strip *
     }
 }
 
+AMX static void interleave_strip(const block *b, int64_t v, int chunks, coming *next, strip *out)
+{
+    interleave(b->hi + v * 64, b->stride, chunks, next, &out[0]);
+    if (b->lo)
+        interleave(b->lo + v * 64, b->stride, chunks, next, &out[1]);
+}
+
 /* Two neighbouring tiles [16 rows][16 dims] of two groups. */
-AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, int parts, int chunks, bool first, float *o0, float *o1)
+AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, int parts, int chunks, coming *next, bool first, float *o0, float *o1)
 {
     if (first) {
         _tile_zero(0);
@@ -350,6 +381,7 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
         for (int part = PARTS - 1; part >= 0; part--) {
+            prefetch(next);
             _tile_loadd(4, &w0->part[part][k], 64);
             _tile_loadd(5, &w1->part[part][k], 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -373,7 +405,7 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
 }
 
 /* The same of one group. */
-AMX static void sum_single(const weights *w, const strip *c, int parts, int chunks, bool first, float *o)
+AMX static void sum_single(const weights *w, const strip *c, int parts, int chunks, coming *next, bool first, float *o)
 {
     if (first) {
         _tile_zero(0);
@@ -385,6 +417,7 @@ AMX static void sum_single(const weights *w, const strip *c, int parts, int chun
     for (int k = 0; k < chunks; k++) {
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
+        prefetch(next);
         _tile_loadd(4, &w->part[0][k], 64);
         _tile_loadd(5, &w->part[1][k], 64);
         _tile_dpbf16ps(0, 5, 6);
@@ -405,6 +438,7 @@ AMX static void sum_single(const weights *w, const strip *c, int parts, int chun
 AMX static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, float *s, void *memory, bool first, float *o)
 {
     scratch w = carve(p, memory);
+    coming *next = memory;
     int chunks = (int)kl_ceil_div(keys, DEPTH), parts = latent_parts(p);
     block b = block_of(p, row, keys, &w);
     for (int64_t g = 0; g < groups; g++) {
@@ -412,17 +446,20 @@ AMX static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int6
         memset(probability + keys * TILE, 0, (size_t)(chunks * DEPTH - keys) * TILE * sizeof(float));
         pack_weights(probability, chunks, &w.weight[g]);
     }
-    for (int64_t v = 0; v < p->R / DEPTH; v++) {
-        interleave(b.hi + v * 64, b.stride, chunks, &w.strip[0]);
-        if (b.lo)
-            interleave(b.lo + v * 64, b.stride, chunks, &w.strip[1]);
+    /* One strip ahead of the products, so that its stores are done when its tiles are loaded. */
+    int64_t strips = p->R / DEPTH;
+    interleave_strip(&b, 0, chunks, next, w.strip);
+    for (int64_t v = 0; v < strips; v++) {
+        if (v + 1 < strips)
+            interleave_strip(&b, v + 1, chunks, next, w.strip + (v + 1) % 2 * parts);
         STORES_DONE();
+        const strip *now = w.strip + v % 2 * parts;
         float *column = o + 2 * v * TILE * TILE;
         int64_t g = 0;
         for (; g + 2 <= groups; g += 2)
-            sum_pair(&w.weight[g], &w.weight[g + 1], w.strip, parts, chunks, first, column + g * TILE * p->R, column + (g + 1) * TILE * p->R);
+            sum_pair(&w.weight[g], &w.weight[g + 1], now, parts, chunks, next, first, column + g * TILE * p->R, column + (g + 1) * TILE * p->R);
         if (g < groups)
-            sum_single(&w.weight[g], w.strip, parts, chunks, first, column + g * TILE * p->R);
+            sum_single(&w.weight[g], now, parts, chunks, next, first, column + g * TILE * p->R);
     }
 }
 
