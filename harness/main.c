@@ -10,6 +10,10 @@
 
 static const cli_command commands[] = {
     {"info", "a model's configuration, parameters and cache sizes", cli_info},
+    {"verify", "every kernel, model and tokenizer against golden data and the references", cli_verify},
+    {"bench", "time, rate, fraction of the machine's ceiling and error of every variant", cli_bench},
+    {"generate", "text from a checkpoint", cli_generate},
+    {"train", "a model from text", cli_train},
     {"tokenize", "text to ids and back; learn a vocabulary", cli_tokenize},
     {NULL, NULL, NULL},
 };

@@ -77,8 +77,5 @@ kl_status kl_case_mla(kl_case *c, const kl_mla_spec *given)
     snprintf(c->name, sizeof c->name, "N%lld Tq%lld Tk%lld H%lld R%lld Dn%lld Dr%lld Dv%lld latent %s weight %s", (long long)s->N,
              (long long)l.queries, (long long)longest, (long long)s->H, (long long)s->R, (long long)s->Dn, (long long)s->Dr,
              (long long)s->Dv, kl_dtype_name(s->latent_dtype), kl_dtype_name(s->weight_dtype));
-    kl_status status = mla_validate(NULL, &c->problem.mla);
-    if (kl_failed(status))
-        kl_case_free(c);
-    return status;
+    return kl_ok();
 }

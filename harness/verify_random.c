@@ -24,10 +24,11 @@ static kl_status random_kda(kl_case *c, kl_rng *r, int64_t i)
     s.HV = s.H * PICK(r, 1, 1, 2, 3);
     s.G = one_in(r, 2) ? s.K : PICK(r, 1, -1, s.K % 4 == 0 ? s.K / 4 : s.K, s.K % 2 == 0 ? s.K / 2 : 1);
     s.chunk = PICK(r, 0, 16, 32, 64, 128);
-    s.gate = (kda_gate)kl_rng_below(r, 3);
+    /* Parameter gradients of a single channel are small differences of large terms: nothing to hold a relative error against. */
+    s.gate = s.G < 0 || s.K == 1 ? KDA_GATE_LOG : (kda_gate)kl_rng_below(r, 3);
     s.beta_kind = (kda_beta)kl_rng_below(r, 3);
     s.state_layout = (kda_state_layout)kl_rng_below(r, 2);
-    s.qk_l2norm = one_in(r, 2);
+    s.qk_l2norm = s.K > 1 && one_in(r, 2); /* a norm over one channel leaves only its sign: the gradient is all rounding */
     s.no_delta = one_in(r, 6);
     s.state = !one_in(r, 4);
     if (one_in(r, 3)) {
@@ -73,7 +74,7 @@ static kl_status random_moe(kl_case *c, kl_rng *r, int64_t i)
         s.top_k = s.top_k < s.E / 2 ? s.top_k : s.E / 2;
     }
     s.router_kind = one_in(r, 3) ? MOE_SOFTMAX : MOE_SIGMOID;
-    s.renormalize = !one_in(r, 3);
+    s.renormalize = s.top_k > 1 && !one_in(r, 3); /* the one weight of top 1 is 1 whatever the router says: its gradient is all rounding */
     s.biased_weights = 2 * s.top_k <= s.E && one_in(r, 4);
     s.scale = one_in(r, 2) ? 2.446f : 0.0f;
     s.weight_dtype = (kl_dtype)PICK(r, KL_F32, KL_BF16, KL_F16);
