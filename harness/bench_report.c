@@ -110,8 +110,9 @@ static kl_status emit_json(kl_bench *b, const kl_bench_row *r)
 static void describe(const kl_shape *s, char *text, size_t size)
 {
     const struct { const char *name; int64_t value; } part[] = {
-        {"B", s->B > 1 ? s->B : 0}, {"N", s->N > 1 ? s->N : 0}, {"T", s->length_count ? 0 : s->T}, {"Tq", s->Tq}, {"H", s->H},
-        {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"G", s->G}, {"D", s->D}, {"E", s->E}, {"I", s->I}, {"top", s->top_k}};
+        {"B", s->B > 1 ? s->B : 0}, {"N", s->N > 1 && s->N != s->B ? s->N : 0}, {"T", s->T}, {"Tq", s->Tq}, {"H", s->H},
+        {"HV", s->HV != s->H ? s->HV : 0}, {"K", s->K}, {"V", s->V != s->K ? s->V : 0}, {"G", s->G != s->K ? s->G : 0}, {"D", s->D},
+        {"E", s->E}, {"I", s->I}, {"top", s->top_k}};
     size_t used = 0;
     text[0] = '\0';
     for (size_t i = 0; i < sizeof part / sizeof *part && used < size; i++)
@@ -126,7 +127,7 @@ static void describe(const kl_shape *s, char *text, size_t size)
 static void emit_text(kl_bench *b, const kl_bench_row *r)
 {
     if (b->rows == 0)
-        printf("%-6s %-7s %-11s %-6s %-30s %11s %21s %8s %9s %14s %9s %8s\n", "family", "pass", "variant", "gate", "shape", "median us",
+        printf("%-6s %-7s %-11s %-6s %-26s %11s %21s %8s %9s %14s %9s %8s\n", "family", "pass", "variant", "gate", "shape", "median us",
                "min .. max us", "GB/s", "GFLOP/s", "of ceiling", "error", "limit");
     char shape[96], err[48] = "-", limit[16] = "", spread[40];
     describe(r->shape, shape, sizeof shape);
@@ -136,7 +137,7 @@ static void emit_text(kl_bench *b, const kl_bench_row *r)
     }
     snprintf(spread, sizeof spread, "%.1f .. %.1f", 1e6 * r->seconds.min, 1e6 * r->seconds.max);
     binding bound = binds(b, r);
-    printf("%-6s %-7s %-11s %-6s %-30s %11.1f %21s %8.2f %9.2f %5.1f%% %-8s%9s %8s", r->family, kl_bench_pass_name(r->pass), r->variant,
+    printf("%-6s %-7s %-11s %-6s %-26s %11.1f %21s %8.2f %9.2f %5.1f%% %-8s%9s %8s", r->family, kl_bench_pass_name(r->pass), r->variant,
            r->gate ? r->gate : "", shape, 1e6 * r->seconds.median, spread, 1e-9 * r->cost.bytes / r->seconds.median,
            1e-9 * r->cost.flops / r->seconds.median, 100.0 * bound.fraction, bound.name, err, limit);
     if (r->err_limit > 0.0 && !kl_within(r->err, r->err_limit))
