@@ -17,7 +17,7 @@ typedef struct setup {
 
 static setup open_setup(void)
 {
-    setup s = {.ctx = make_ctx(0)};
+    setup s = {.ctx = make_ctx(1)};
     kl_config c = small_config((const char *[]){"layers=4", NULL});
     s.m = random_model(s.ctx, &c, 41);
     OK(kl_cache_create(&s.cache, &c, SEQUENCES, CAPACITY));

@@ -38,7 +38,7 @@ static float *expect_floats(const golden *g, const char *name)
 
 static golden open_golden(const char *name)
 {
-    golden g = {.ctx = make_ctx(0)};
+    golden g = {.ctx = make_ctx(1)};
     char dir[256], path[512];
     snprintf(dir, sizeof dir, "tests/golden/models/%s", name);
     snprintf(path, sizeof path, "%s/expected.safetensors", dir);
@@ -260,7 +260,7 @@ static void chunked_prefill_equals_one_pass(void **state)
     (void)state;
     static const int64_t chunks[] = {1, 7, 64, 150};
     enum { T = 150 };
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     for (int v = 0; v < VARIANT_COUNT; v++) {
         kl_config c = variant_config(v);
         kl_model *m = random_model(ctx, &c, 11);
@@ -289,7 +289,7 @@ static void bf16_latents_do_not_depend_on_chunks(void **state)
 {
     (void)state;
     enum { T = 100 };
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = small_config((const char *[]){"layers=4", "dtype=bfloat16", NULL});
     kl_model *m = random_model(ctx, &c, 12);
     int32_t *ids = random_ids(6, T, c.vocab_size);
@@ -317,7 +317,7 @@ static void packed_sequences_do_not_see_each_other(void **state)
     (void)state;
     static const int64_t cu[] = {0, 0, 1, 34, 34, 99, 131};
     enum { N = 6, T = 131 };
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     for (int v = 0; v < VARIANT_COUNT; v++) {
         kl_config c = variant_config(v);
         kl_model *m = random_model(ctx, &c, 13);
@@ -357,7 +357,7 @@ static void later_tokens_leave_earlier_logits_alone(void **state)
 {
     (void)state;
     enum { T = 90 };
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = variant_config(0);
     kl_model *m = random_model(ctx, &c, 14);
     int32_t *ids = random_ids(9, T, c.vocab_size);
@@ -464,7 +464,7 @@ static void gradients_match_finite_differences(void **state)
 {
     (void)state;
     const double limit = 1e-2;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     for (int v = 0; v < VARIANT_COUNT; v++) {
         kl_config c = variant_config(v);
         OK(kl_config_set(&c, "experts=3"));
@@ -501,7 +501,7 @@ static void gradients_match_finite_differences(void **state)
 static void gradients_accumulate_and_scale(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = variant_config(0);
     kl_model *m = random_model(ctx, &c, 22);
     problem p = make_problem(c.vocab_size);
@@ -529,7 +529,7 @@ static void gradients_accumulate_and_scale(void **state)
 static void recomputing_gives_the_same_bits(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = variant_config(0);
     kl_model *m = random_model(ctx, &c, 23);
     problem p = make_problem(c.vocab_size);
@@ -552,7 +552,7 @@ static void recomputing_gives_the_same_bits(void **state)
 static void no_target_no_gradient(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = variant_config(0);
     kl_model *m = random_model(ctx, &c, 24);
     kl_weights grads;
@@ -575,7 +575,7 @@ static void no_target_no_gradient(void **state)
 static void expert_load_counts_every_choice(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = variant_config(0);
     kl_model *m = random_model(ctx, &c, 25);
     problem p = make_problem(c.vocab_size);
@@ -631,7 +631,7 @@ static void threads_do_not_change_bits(void **state)
 static void bad_arguments_are_named(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     kl_config c = small_config((const char *[]){"layers=4", "max_length=30", NULL});
     kl_model *m = random_model(ctx, &c, 31);
     kl_cache *cache;

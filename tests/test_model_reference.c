@@ -152,7 +152,7 @@ static void check_variant(kl_ctx *ctx, const char *const *changes)
 static void variants_equal_the_reference(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     for (size_t i = 0; i < sizeof VARIANTS / sizeof *VARIANTS; i++) {
         print_message("  %s %s\n", VARIANTS[i][0], VARIANTS[i][1] ? VARIANTS[i][1] : "");
         check_variant(ctx, VARIANTS[i]);
@@ -164,7 +164,7 @@ static void variants_equal_the_reference(void **state)
 static void tied_embeddings_equal_the_reference(void **state)
 {
     (void)state;
-    kl_ctx *ctx = make_ctx(0);
+    kl_ctx *ctx = make_ctx(1);
     check_variant(ctx, (const char *[]){"tied=1", NULL});
     kl_ctx_destroy(ctx);
 }
