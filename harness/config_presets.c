@@ -63,8 +63,8 @@ static kl_config preset_60m(void)
 /* The bundled checkpoint: under 4 MB of bf16. Vocabulary: 2,039 ranks and the nine special tokens. */
 static kl_config preset_demo(void)
 {
-    kl_config c = base(6);
-    c.vocab_size = 2048, c.hidden_size = 160, c.intermediate_size = 512, c.tie_word_embeddings = true;
+    kl_config c = base(8);
+    c.vocab_size = 2048, c.hidden_size = 128, c.intermediate_size = 384, c.tie_word_embeddings = true;
     c.bos_id = 2039, c.eos_id = 2040, c.pad_id = 2047, c.max_length = 8192;
     set_kda(&c, 4, 32);
     set_mla(&c, 4, 64, 32, 16, 32);
