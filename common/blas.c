@@ -2,10 +2,13 @@
 
 #include <cblas.h>
 
+#include "common/few_rows.h"
 #include "common/parallel.h"
-#include "common/simd.h"
 
-enum { TILE_M = 256, TILE_N = 128, TILE_K = 256 };
+/* Sides of an OpenBLAS tile, at most and at least; columns of a weight converted at a time. */
+enum { TILE_MAX = 512, TILE_MIN = 96, STEP_K = 256, TILES = 8 };
+/* Few rows: multiply-adds below which a second thread costs more than it brings; rows of W a thread takes at a time. */
+enum { FEW_ELEMENTS = 1 << 17, FEW_BLOCK = 48, SOME_ROWS = 32 };
 
 void kl_blas_single_threaded(void) { openblas_set_num_threads(1); }
 const char *kl_blas_name(void) { return openblas_get_config(); }
@@ -25,65 +28,48 @@ void kl_gemm_serial(kl_op ta, kl_op tb, int64_t M, int64_t N, int64_t K, float a
                 (blasint)M, (blasint)N, (blasint)K, alpha, A, (blasint)lda, B, (blasint)ldb, beta, C, (blasint)ldc);
 }
 
+/* Large tiles run near OpenBLAS's own speed; a few of them are needed for all threads to have one. Depends on the
+ * problem alone, never on the number of threads. */
+typedef struct tiling {
+    int64_t m, n, rows, columns; /* sides, and how many of them */
+} tiling;
+
+static tiling tiles_of(int64_t M, int64_t N)
+{
+    tiling t = {TILE_MAX, TILE_MAX, kl_ceil_div(M, TILE_MAX), kl_ceil_div(N, TILE_MAX)};
+    while (t.rows * t.columns < TILES && (M / t.rows > 2 * TILE_MIN || N / t.columns > 2 * TILE_MIN)) {
+        if (M / t.rows > N / t.columns)
+            t.rows *= 2;
+        else
+            t.columns *= 2;
+    }
+    t.m = (kl_ceil_div(M, t.rows) + 15) & ~(int64_t)15;
+    t.n = (kl_ceil_div(N, t.columns) + 15) & ~(int64_t)15;
+    t.rows = kl_ceil_div(M, t.m);
+    t.columns = kl_ceil_div(N, t.n);
+    return t;
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Threads for that many multiply-adds: a second one costs some microseconds to call. */
+static int threads_for(const kl_ctx *ctx, tiling t, int64_t multiplications) { return t.rows * t.columns == 1 || multiplications < 1 << 18 ? 1 : ctx->threads; }
+
 void kl_gemm(const kl_ctx *ctx, kl_op ta, kl_op tb, int64_t M, int64_t N, int64_t K, float alpha,
              const float *A, int64_t lda, const float *B, int64_t ldb, float beta, float *C, int64_t ldc)
 {
-    int64_t rows = kl_ceil_div(M, TILE_M), columns = kl_ceil_div(N, TILE_N);
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(ctx->threads)
-    for (int64_t i = 0; i < rows; i++) {
-        for (int64_t j = 0; j < columns; j++) {
-            int64_t m = i * TILE_M, n = j * TILE_N;
-            int64_t mt = M - m < TILE_M ? M - m : TILE_M, nt = N - n < TILE_N ? N - n : TILE_N;
-            kl_gemm_serial(ta, tb, mt, nt, K, alpha, ta == KL_T ? A + m : A + m * lda, lda,
+    if (M <= 0 || N <= 0)
+        return;
+    tiling t = tiles_of(M, N);
+    int threads = threads_for(ctx, t, M * N * K);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < t.rows; i++) {
+        for (int64_t j = 0; j < t.columns; j++) {
+            int64_t m = i * t.m, n = j * t.n;
+            kl_gemm_serial(ta, tb, least(t.m, M - m), least(t.n, N - n), K, alpha, ta == KL_T ? A + m : A + m * lda, lda,
                            tb == KL_T ? B + n * ldb : B + n, ldb, beta, C + m * ldc + n, ldc);
         }
     }
-}
-
-/* ---- few rows: dot products over a weight row in its stored type ---- */
-
-/* y[m] = x[m] . w for m < rows, each with two running sums whose order depends on K alone. */
-static inline __attribute__((always_inline)) void dots(int rows, int64_t K, const float *X, int64_t ldx, const void *w,
-                                                       kl_dtype type, float beta, float *y, int64_t ldy)
-{
-    kl_v even[KL_FEW_ROWS] = {{0}}, odd[KL_FEW_ROWS] = {{0}};
-    int64_t k = 0;
-    for (; k + 2 * KL_LANES <= K; k += 2 * KL_LANES) {
-        kl_v w0 = kl_vload_as(w, type, k, KL_LANES), w1 = kl_vload_as(w, type, k + KL_LANES, KL_LANES);
-        for (int m = 0; m < rows; m++) {
-            even[m] += kl_vload(X + m * ldx + k) * w0;
-            odd[m] += kl_vload(X + m * ldx + k + KL_LANES) * w1;
-        }
-    }
-    for (; k < K; k += KL_LANES) {
-        int64_t n = K - k < KL_LANES ? K - k : KL_LANES;
-        kl_v w0 = kl_vload_as(w, type, k, n);
-        for (int m = 0; m < rows; m++)
-            even[m] += (n == KL_LANES ? kl_vload(X + m * ldx + k) : kl_vload_n(X + m * ldx + k, n)) * w0;
-    }
-    for (int m = 0; m < rows; m++) {
-        float sum = kl_vsum(even[m] + odd[m]);
-        y[m * ldy] = beta == 0.0f ? sum : sum + beta * y[m * ldy];
-    }
-}
-
-#define DOTS(rows, type)                                                                 \
-    case rows: dots(rows, K, X, ldx, w, type, beta, y, ldy); break;
-#define DOTS_ALL(type)                                                                   \
-    switch (M) {                                                                         \
-        DOTS(1, type) DOTS(2, type) DOTS(3, type) DOTS(4, type)                          \
-        DOTS(5, type) DOTS(6, type) DOTS(7, type) DOTS(8, type)                          \
-    }
-
-static void few_rows(int64_t M, int64_t K, const float *X, int64_t ldx, const void *w, kl_dtype type, float beta,
-                     float *y, int64_t ldy)
-{
-    if (type == KL_BF16)
-        DOTS_ALL(KL_BF16)
-    else if (type == KL_F32)
-        DOTS_ALL(KL_F32)
-    else
-        DOTS_ALL(KL_F16)
 }
 
 /* A tile of the weight as float: in place when it is float already, else converted into scratch. */
@@ -104,8 +90,8 @@ static const float *weight_tile(float *scratch, const void *W, kl_dtype type, in
 static void linear_tile(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, kl_dtype type, int64_t ldw,
                         float beta, float *Y, int64_t ldy)
 {
-    float scratch[TILE_N * TILE_K];
-    int64_t step = type == KL_F32 ? K : TILE_K;
+    float scratch[TILE_MAX * STEP_K];
+    int64_t step = type == KL_F32 ? K : STEP_K;
     if (K <= 0)
         kl_gemm_serial(KL_N, KL_T, M, N, 0, 1.0f, NULL, 0, NULL, 0, beta, Y, ldy);
     for (int64_t k = 0; k < K; k += step) {
@@ -119,8 +105,8 @@ static void linear_tile(int64_t M, int64_t N, int64_t K, const float *X, int64_t
 static void linear_dx_tile(int64_t M, int64_t N, int64_t K, const float *dY, int64_t ldy, const void *W, kl_dtype type, int64_t ldw,
                            float beta, float *dX, int64_t ldx)
 {
-    float scratch[TILE_K * TILE_N];
-    int64_t step = type == KL_F32 ? N : TILE_K;
+    float scratch[TILE_MAX * STEP_K];
+    int64_t step = type == KL_F32 ? N : STEP_K;
     if (N <= 0)
         kl_gemm_serial(KL_N, KL_N, M, K, 0, 1.0f, NULL, 0, NULL, 0, beta, dX, ldx);
     for (int64_t n = 0; n < N; n += step) {
@@ -132,17 +118,19 @@ static void linear_dx_tile(int64_t M, int64_t N, int64_t K, const float *dY, int
 
 static const void *at(const void *W, kl_dtype type, int64_t offset) { return (const char *)W + (size_t)offset * kl_dtype_size(type); }
 
+/* OpenBLAS copies the weight before it multiplies, which pays only for many rows. */
+static bool streams(int64_t M, int64_t K) { return M <= KL_FEW_ROWS || (M <= SOME_ROWS && K >= 64); }
+
 void kl_linear_serial(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, kl_dtype type, int64_t ldw,
                       float beta, float *Y, int64_t ldy)
 {
     if (M <= 0 || N <= 0)
         return;
-    if (M <= KL_FEW_ROWS) {
-        for (int64_t n = 0; n < N; n++)
-            few_rows(M, K, X, ldx, at(W, type, n * ldw), type, beta, Y + n, ldy);
+    if (streams(M, K)) {
+        kl_few_rows(M, N, K, X, ldx, W, type, ldw, beta, Y, ldy);
         return;
     }
-    int64_t tile = type == KL_F32 ? N : TILE_N;
+    int64_t tile = type == KL_F32 ? N : TILE_MAX;
     for (int64_t n = 0; n < N; n += tile)
         linear_tile(M, N - n < tile ? N - n : tile, K, X, ldx, at(W, type, n * ldw), type, ldw, beta, Y + n, ldy);
 }
@@ -152,7 +140,7 @@ void kl_linear_dx_serial(int64_t M, int64_t N, int64_t K, const float *dY, int64
 {
     if (M <= 0 || K <= 0)
         return;
-    int64_t tile = type == KL_F32 ? K : TILE_N;
+    int64_t tile = type == KL_F32 ? K : TILE_MAX;
     for (int64_t k = 0; k < K; k += tile)
         linear_dx_tile(M, N, K - k < tile ? K - k : tile, dY, ldy, at(W, type, k), type, ldw, beta, dX + k, ldx);
 }
@@ -162,19 +150,23 @@ void kl_linear(const kl_ctx *ctx, int64_t M, int64_t N, int64_t K, const float *
 {
     if (M <= 0 || N <= 0)
         return;
-    if (M <= KL_FEW_ROWS) {
-#pragma omp parallel for schedule(static) num_threads(ctx->threads) if (N * K > 8192)
-        for (int64_t n = 0; n < N; n++)
-            few_rows(M, K, X, ldx, at(W, type, n * ldw), type, beta, Y + n, ldy);
+    if (streams(M, K)) {
+        if (ctx->threads == 1 || M * N * K < FEW_ELEMENTS) {
+            kl_few_rows(M, N, K, X, ldx, W, type, ldw, beta, Y, ldy);
+            return;
+        }
+#pragma omp parallel for schedule(static) num_threads(ctx->threads)
+        for (int64_t n = 0; n < N; n += FEW_BLOCK)
+            kl_few_rows(M, N - n < FEW_BLOCK ? N - n : FEW_BLOCK, K, X, ldx, at(W, type, n * ldw), type, ldw, beta, Y + n, ldy);
         return;
     }
-    int64_t rows = kl_ceil_div(M, TILE_M), columns = kl_ceil_div(N, TILE_N);
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(ctx->threads)
-    for (int64_t i = 0; i < rows; i++) {
-        for (int64_t j = 0; j < columns; j++) {
-            int64_t m = i * TILE_M, n = j * TILE_N;
-            linear_tile(M - m < TILE_M ? M - m : TILE_M, N - n < TILE_N ? N - n : TILE_N, K, X + m * ldx, ldx, at(W, type, n * ldw), type,
-                        ldw, beta, Y + m * ldy + n, ldy);
+    tiling t = tiles_of(M, N);
+    int threads = threads_for(ctx, t, M * N * K);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < t.rows; i++) {
+        for (int64_t j = 0; j < t.columns; j++) {
+            int64_t m = i * t.m, n = j * t.n;
+            linear_tile(least(t.m, M - m), least(t.n, N - n), K, X + m * ldx, ldx, at(W, type, n * ldw), type, ldw, beta, Y + m * ldy + n, ldy);
         }
     }
 }
@@ -184,13 +176,13 @@ void kl_linear_dx(const kl_ctx *ctx, int64_t M, int64_t N, int64_t K, const floa
 {
     if (M <= 0 || K <= 0)
         return;
-    int64_t rows = kl_ceil_div(M, TILE_M), columns = kl_ceil_div(K, TILE_N);
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(ctx->threads)
-    for (int64_t i = 0; i < rows; i++) {
-        for (int64_t j = 0; j < columns; j++) {
-            int64_t m = i * TILE_M, k = j * TILE_N;
-            linear_dx_tile(M - m < TILE_M ? M - m : TILE_M, N, K - k < TILE_N ? K - k : TILE_N, dY + m * ldy, ldy, at(W, type, k), type,
-                           ldw, beta, dX + m * ldx + k, ldx);
+    tiling t = tiles_of(M, K);
+    int threads = threads_for(ctx, t, M * N * K);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < t.rows; i++) {
+        for (int64_t j = 0; j < t.columns; j++) {
+            int64_t m = i * t.m, k = j * t.n;
+            linear_dx_tile(least(t.m, M - m), N, least(t.n, K - k), dY + m * ldy, ldy, at(W, type, k), type, ldw, beta, dX + m * ldx + k, ldx);
         }
     }
 }

@@ -12,6 +12,14 @@
 
 #include "common/dtype.h"
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define KL_MASKED_LOADS 1
+#endif
+
+/* Everything here is inlined: how such a vector would be passed on a machine without its registers does not matter. */
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 typedef float kl_v __attribute__((vector_size(64)));
 typedef int32_t kl_vi __attribute__((vector_size(64)));
 typedef uint16_t kl_vh __attribute__((vector_size(32)));
@@ -25,28 +33,63 @@ static inline kl_v kl_vload(const float *p) { return *(const kl_v_unaligned *)p;
 static inline void kl_vstore(float *p, kl_v x) { *(kl_v_unaligned *)p = x; }
 static inline kl_v kl_vset(float x) { return x - (kl_v){0}; }
 
-/* The first n < 16 floats; the others read as 0 and are never touched in memory. */
+/* The first n < 16 elements; the others read as 0 and are never touched in memory. */
+#ifdef KL_MASKED_LOADS
+static inline kl_v kl_vload_n(const float *p, int64_t n) { return (kl_v)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+static inline void kl_vstore_n(float *p, kl_v x, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x); }
+static inline kl_vh kl_vload_half_n(const uint16_t *p, int64_t n) { return (kl_vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); } /* n = 16 is fine here too */
+#else
+/* n < 16 elements by powers of two: copies of a fixed size are single instructions. */
+static inline void kl_copy_n(char *to, const char *from, int64_t n, size_t element)
+{
+#define KL_COPY(power)                                                      \
+    if (n & (power)) {                                                      \
+        element == 4 ? memcpy(to, from, 4 * (power)) : memcpy(to, from, 2 * (power)); \
+        to += (power) * element;                                            \
+        from += (power) * element;                                          \
+    }
+    KL_COPY(8) KL_COPY(4) KL_COPY(2) KL_COPY(1)
+#undef KL_COPY
+}
 static inline kl_v kl_vload_n(const float *p, int64_t n)
 {
     kl_v x = {0};
-    memcpy(&x, p, (size_t)n * sizeof(float));
+    kl_copy_n((char *)&x, (const char *)p, n, 4);
     return x;
 }
-static inline void kl_vstore_n(float *p, kl_v x, int64_t n) { memcpy(p, &x, (size_t)n * sizeof(float)); }
+static inline void kl_vstore_n(float *p, kl_v x, int64_t n) { kl_copy_n((char *)p, (const char *)&x, n, 4); }
+static inline kl_vh kl_vload_half_n(const uint16_t *p, int64_t n)
+{
+    kl_vh x = {0};
+    kl_copy_n((char *)&x, (const char *)p, n, 2);
+    return x;
+}
+#endif
 
+static inline kl_v kl_vwiden_bf16(kl_vh x)
+{
+#ifdef KL_MASKED_LOADS
+    kl_vu wide = (kl_vu)_mm512_cvtepu16_epi32((__m256i)x); /* gcc 12 makes four instructions of the conversion below */
+#else
+    kl_vu wide = __builtin_convertvector(x, kl_vu);
+#endif
+    return (kl_v)(wide << 16);
+}
 static inline kl_v kl_vload_bf16(const uint16_t *p)
 {
-    kl_vu bits = __builtin_convertvector(*(const kl_vh_unaligned *)p, kl_vu) << 16;
-    return (kl_v)bits;
+    return kl_vwiden_bf16(*(const kl_vh_unaligned *)p);
 }
 
 /* n <= 16 elements from element k on of a row in its stored type (F32, BF16, F16); the other lanes read as 0. */
 static inline __attribute__((always_inline)) kl_v kl_vload_as(const void *row, kl_dtype type, int64_t k, int64_t n)
 {
-    if (type == KL_BF16 && n == KL_LANES)
-        return kl_vload_bf16((const uint16_t *)row + k);
+    if (type == KL_BF16)
+        return n == KL_LANES ? kl_vload_bf16((const uint16_t *)row + k) : kl_vwiden_bf16(kl_vload_half_n((const uint16_t *)row + k, n));
     if (type == KL_F32)
         return n == KL_LANES ? kl_vload((const float *)row + k) : kl_vload_n((const float *)row + k, n);
+#ifdef KL_MASKED_LOADS
+    return (kl_v)_mm512_cvtph_ps((__m256i)kl_vload_half_n((const uint16_t *)row + k, n));
+#endif
     float lanes[KL_LANES] = {0};
     kl_to_f32(lanes, (const char *)row + (size_t)k * kl_dtype_size(type), type, (size_t)n);
     return kl_vload(lanes);
@@ -63,15 +106,15 @@ static inline kl_v kl_vmin(kl_v a, kl_v b)
     return (kl_v)(((kl_vi)a & pick) | ((kl_vi)b & ~pick));
 }
 
-/* Pairwise, in a fixed order. */
+/* Pairwise, in a fixed order: lane i and i + 8, then i + 4, i + 2, i + 1. */
 static inline float kl_vsum(kl_v x)
 {
-    float lane[KL_LANES];
-    memcpy(lane, &x, sizeof lane);
-    for (int width = KL_LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            lane[i] += lane[i + width];
-    return lane[0];
+    typedef float v8 __attribute__((vector_size(32)));
+    typedef float v4 __attribute__((vector_size(16)));
+    v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    v4 c = b + __builtin_shufflevector(b, b, 2, 3, 2, 3);
+    return c[0] + c[1];
 }
 static inline float kl_vmax_lane(kl_v x)
 {

@@ -1,0 +1,118 @@
+#include "common/few_rows.h"
+
+#include <stdbool.h>
+
+#include "common/simd.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { ROWS_X = 8, BLOCK_W = 96, PIECE = 128, FETCH_M = 4 };
+
+/* The R rows after these, columns k .. k + PIECE - 1, into the cache: the hardware reads ahead only within a page. */
+INLINE void fetch_next(const int R, const kl_dtype type, const char *W, size_t row_bytes, int64_t k)
+{
+    for (int r = R; r < 2 * R; r++)
+        for (size_t byte = 0; byte < PIECE * kl_dtype_size(type); byte += 64)
+            __builtin_prefetch(W + (size_t)r * row_bytes + (size_t)k * kl_dtype_size(type) + byte);
+}
+
+/* Y[m,r] = X[m] . W[r] for m < M, r < R, each one running sum of sixteen lanes. M and R are constants where this is
+ * inlined, so that the M R sums live in registers, and every load serves R or M of them. */
+INLINE void block(const int M, const int R, const kl_dtype type, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+                  float beta, float *Y, int64_t ldy)
+{
+    kl_v sum[M * R];
+#pragma GCC unroll 24
+    for (int i = 0; i < M * R; i++)
+        sum[i] = (kl_v){0};
+    int64_t whole = K - K % KL_LANES, left = K - whole;
+    const bool fetch = M <= FETCH_M; /* with more rows there is arithmetic enough to wait behind */
+    int64_t step = fetch ? PIECE : whole + 1;
+    for (int64_t piece = 0; piece < whole; piece += step) {
+        if (fetch)
+            fetch_next(R, type, W, row_bytes, piece);
+        int64_t end = whole - piece < step ? whole : piece + step;
+        for (int64_t k = piece; k < end; k += KL_LANES) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                kl_v w = kl_vload_as(W + (size_t)r * row_bytes, type, k, KL_LANES);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++)
+                    sum[m * R + r] += kl_vload(X + m * ldx + k) * w;
+            }
+        }
+    }
+    if (left) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            kl_v w = kl_vload_as(W + (size_t)r * row_bytes, type, whole, left);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+                sum[m * R + r] += kl_vload_n(X + m * ldx + whole, left) * w;
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            float y = kl_vsum(sum[m * R + r]);
+            Y[m * ldy + r] = beta == 0.0f ? y : y + beta * Y[m * ldy + r];
+        }
+}
+
+/* All N rows of W, R at a time. */
+INLINE void rows(const int M, const int R, const kl_dtype type, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W,
+                 size_t row_bytes, float beta, float *Y, int64_t ldy)
+{
+    int64_t n = 0;
+    for (; n + R <= N; n += R)
+        block(M, R, type, K, X, ldx, W + (size_t)n * row_bytes, row_bytes, beta, Y + n, ldy);
+    for (; n < N; n++)
+        block(M, 1, type, K, X, ldx, W + (size_t)n * row_bytes, row_bytes, beta, Y + n, ldy);
+}
+
+/* R so that sums and one operand fit the 32 registers. */
+INLINE void up_to_eight(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+                        float beta, float *Y, int64_t ldy)
+{
+    switch (M) {
+    case 1: rows(1, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 2: rows(2, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 3: rows(3, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 4: rows(4, 5, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 5: rows(5, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 6: rows(6, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 7: rows(7, 3, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    case 8: rows(8, 3, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+    }
+}
+
+/* A block of W comes from memory for the first eight rows of X and from the cache for the others. */
+INLINE void of_type(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+                    float beta, float *Y, int64_t ldy)
+{
+    int64_t step = M <= ROWS_X ? N : BLOCK_W;
+    for (int64_t n = 0; n < N; n += step)
+        for (int64_t m = 0; m < M; m += ROWS_X)
+            up_to_eight(type, M - m < ROWS_X ? M - m : ROWS_X, N - n < step ? N - n : step, K, X + m * ldx, ldx, W + (size_t)n * row_bytes,
+                        row_bytes, beta, Y + m * ldy + n, ldy);
+}
+
+static void few_f32(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, size_t row_bytes, float beta, float *Y, int64_t ldy)
+{
+    of_type(KL_F32, M, N, K, X, ldx, W, row_bytes, beta, Y, ldy);
+}
+static void few_bf16(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, size_t row_bytes, float beta, float *Y, int64_t ldy)
+{
+    of_type(KL_BF16, M, N, K, X, ldx, W, row_bytes, beta, Y, ldy);
+}
+static void few_f16(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, size_t row_bytes, float beta, float *Y, int64_t ldy)
+{
+    of_type(KL_F16, M, N, K, X, ldx, W, row_bytes, beta, Y, ldy);
+}
+
+void kl_few_rows(int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const void *W, kl_dtype type, int64_t ldw,
+                 float beta, float *Y, int64_t ldy)
+{
+    (type == KL_F32 ? few_f32 : type == KL_BF16 ? few_bf16 : few_f16)(M, N, K, X, ldx, W, (size_t)ldw * kl_dtype_size(type), beta, Y, ldy);
+}
