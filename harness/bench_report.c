@@ -16,10 +16,10 @@ kl_status kl_bench_time(const kl_bench *b, kl_bench_fn fn, void *user, kl_spread
     double sample[MOST], start = kl_now(), spent = 0.0;
     KL_TRY(fn(user));
     double warm = kl_now() - start;
-    int wanted = b->runs ? b->runs : 3, n = 0;
+    int least = warm > 2.0 ? 1 : 3, wanted = b->runs ? b->runs : least, n = 0;
     if (!b->runs && warm > 0.0 && budget / warm > 3.0)
         wanted = budget / warm < 200.0 ? (int)(budget / warm) : 200;
-    while (n < wanted && n < MOST && (n < 3 || b->runs || spent < 2.0 * budget)) {
+    while (n < wanted && n < MOST && (n < least || b->runs || spent < 2.0 * budget)) {
         start = kl_now();
         KL_TRY(fn(user));
         sample[n] = kl_now() - start;
