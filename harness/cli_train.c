@@ -41,7 +41,7 @@ static const struct argp_option options[] = {
     {"beta2", KEY_BETA2, "X", 0, "AdamW (0.95)", 3},
     {"weight-decay", KEY_DECAY, "X", 0, "Of matrices (0.1)", 3},
     {"clip", KEY_CLIP, "X", 0, "Largest gradient norm, 0: any (1)", 3},
-    {"bias-rate", KEY_BIAS, "X", 0, "Step of the router's choice bias towards even loads, 0: stays (1e-3)", 3},
+    {"bias-rate", KEY_BIAS, "X", 0, "Step of the router's choice bias towards even loads, 0: stays (1e-2)", 3},
     {"seed", KEY_SEED, "N", 0, "Of the weights and the order of the data (1)", 3},
     {"validation", KEY_VALIDATION, "X", 0, "Share of the text held out at its end (0.02)", 4},
     {"eval-every", KEY_EVAL, "N", 0, "Steps between validations (250)", 4},

@@ -15,7 +15,7 @@ kl_train_options kl_train_defaults(void)
 {
     return (kl_train_options){
         .steps = 1000, .batch = 8, .context = 256, .lr = 3e-3, .min_lr = 3e-4, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
-        .weight_decay = 0.1, .clip = 1.0, .warmup = 100, .bias_update_rate = 1e-3, .validation = 0.02,
+        .weight_decay = 0.1, .clip = 1.0, .warmup = 100, .bias_update_rate = 1e-2, .validation = 0.02,
         .eval_every = 250, .save_every = 250, .log_every = 10, .seed = 1, .save_dtype = KL_BF16,
     };
 }
