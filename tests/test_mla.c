@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <cmocka.h>
 
@@ -333,11 +334,417 @@ static void tile_sizes(void **state)
         }
 }
 
+/* Logits near 1e4: exponents stay <= 0, and the softmax is one-hot. The keys are drawn apart so that float sees the same maximum. */
+static void huge_logits(void **state)
+{
+    (void)state;
+    uint64_t seed = first_seed();
+    for (int sizes = 0; sizes < 2; sizes++) {
+        shape s = {.N = 1, .H = 3, .R = sizes ? 64 : 17, .Dn = 12, .Dr = sizes ? 32 : 5, .Dv = 9, .queries = {20}, .keys = {300}, .size = 1.0f};
+        problem x = make(&s, seed);
+        bind(&x);
+        int64_t width = s.R + s.Dr, head = s.Dn + s.Dr;
+        /* Key j's first shared entry is a step of its own; only that entry of q is large: logits of either sign up to 1e4, 60 apart. */
+        for (int64_t j = 0; j < s.keys[0]; j++)
+            x.latent[(x.kv_start[0] + j) * width + s.R] = (float)((j * 7919) % 300 - 150) / 150.0f;
+        for (int64_t t = 0; t < x.tokens * s.H; t++)
+            x.q[t * head + s.Dn] = (t % 2 ? 1e4f : -1e4f) * sqrtf((float)head);
+        kl_from_f32(x.latent_stored, KL_F32, x.latent, latent_size(&x));
+        answer a = reference(&x, true);
+        int count;
+        const kl_variant *v = mla_variants(&count);
+        for (int i = 0; i < count; i++) {
+            forward(&v[i], &x, 2);
+            check_forward(&v[i], &x, &a, seed, kl_tol_mla_f32.forward);
+            if (v[i].backward) { /* ds is the difference of equal numbers: all that can be asked is that it stays finite and dW right */
+                backward(&v[i], &x, 2);
+                near("dkv_b", v[i].name, seed, kl_rel_err(x.dkv_b, a.dkv_b, weight_size(&x)), kl_tol_mla_f32.gradient);
+            }
+        }
+        forget(&a);
+        drop(&x);
+    }
+}
+
+/* A prompt in one piece, and the same in pieces of 1, 7, 64 ... tokens against the growing cache. */
+static void split_anywhere(void **state)
+{
+    (void)state;
+    uint64_t seed = first_seed();
+    shape s = {.N = 1, .H = 4, .R = 64, .Dn = 24, .Dr = 32, .Dv = 20, .queries = {200}, .keys = {230}, .latent = KL_BF16, .size = 1.0f};
+    problem x = make(&s, seed);
+    bind(&x);
+    answer a = reference(&x, false);
+    static const int64_t cuts[] = {1, 8, 15, 79, 80, 143, 200};
+    int count;
+    const kl_variant *v = mla_variants(&count);
+    for (int i = 0; i < count; i++) {
+        poison(x.o, out_size(&x));
+        poison(x.lse, (size_t)(x.tokens * s.H));
+        for (size_t c = 0, from = 0; c < sizeof cuts / sizeof *cuts; from = (size_t)cuts[c++]) {
+            problem part = x;
+            bind(&part);
+            part.cu_q[0] = (int64_t)from; /* rows of q, o and lse are found by cu_q */
+            part.cu_q[1] = cuts[c];
+            part.kv_len[0] = s.keys[0] - s.queries[0] + cuts[c];
+            assert_false(kl_failed(run(&v[i], &part, KL_FORWARD, 2)));
+        }
+        check_forward(&v[i], &x, &a, seed, kl_tol_mla_f32.forward);
+    }
+    forget(&a);
+    drop(&x);
+}
+
+static void same_bits(const char *what, const float *x, const float *y, size_t n)
+{
+    if (memcmp(x, y, n * sizeof(float)) != 0)
+        fail_msg("%s: the bits differ", what);
+}
+
+/* 1, 2 and 3 threads: the same bits. */
+static void same_for_any_threads(void **state)
+{
+    (void)state;
+    uint64_t seed = first_seed();
+    static const shape shapes[] = {
+        {.N = 3, .H = 3, .R = 40, .Dn = 24, .Dr = 9, .Dv = 20, .queries = {300, 1, 5}, .keys = {300, 700, 90}, .weight = KL_BF16, .size = 1.0f},
+        {.N = 2, .H = 20, .R = 64, .Dn = 24, .Dr = 32, .Dv = 20, .queries = {5, 1}, .keys = {300, 700}, .latent = KL_BF16, .size = 1.0f},
+    };
+    for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
+        problem x = make(&shapes[k], seed), y = make(&shapes[k], seed);
+        bind(&x);
+        bind(&y);
+        int count;
+        const kl_variant *v = mla_variants(&count);
+        for (int i = 0; i < count; i++) {
+            forward(&v[i], &x, 1);
+            for (int threads = 2; threads <= 3; threads++) {
+                forward(&v[i], &y, threads);
+                same_bits("o", x.o, y.o, out_size(&x));
+                same_bits("lse", x.lse, y.lse, (size_t)(x.tokens * x.p.H));
+            }
+            if (!v[i].backward)
+                continue;
+            backward(&v[i], &x, 1);
+            for (int threads = 2; threads <= 3; threads++) {
+                backward(&v[i], &y, threads);
+                same_bits("dq", x.dq, y.dq, q_size(&x));
+                same_bits("dlatent", x.dlatent, y.dlatent, latent_size(&x));
+                same_bits("dkv_b", x.dkv_b, y.dkv_b, weight_size(&x));
+            }
+        }
+        drop(&x);
+        drop(&y);
+    }
+}
+
+/* A sequence alone and among others of other lengths gets the same bits, under dispatch too. */
+static void neighbours_do_not_matter(void **state)
+{
+    (void)state;
+    uint64_t seed = first_seed();
+    shape s = {.N = 5, .H = 4, .R = 32, .Dn = 12, .Dr = 32, .Dv = 16, .queries = {130, 1, 0, 3, 90}, .keys = {130, 600, 4, 333, 90}, .size = 1.0f};
+    problem x = make(&s, seed);
+    bind(&x);
+    float *alone = poisoned(out_size(&x)), *lse = poisoned((size_t)(x.tokens * s.H)), *dq = poisoned(q_size(&x)), *dlatent = poisoned(latent_size(&x));
+    int count;
+    const kl_variant *table = mla_variants(&count);
+    for (int i = 0; i <= count; i++) {
+        const kl_variant *v = i < count ? &table[i] : mla_pick(KL_CPU, NULL, &x.p, KL_FORWARD);
+        if (i == count)
+            assert_string_equal(v->name, "mixed"); /* this batch has sequences for either */
+        forward(v, &x, 2);
+        for (int64_t n = 0; n < s.N; n++) {
+            problem one = x;
+            bind(&one);
+            one.p.N = 1;
+            one.p.cu_q += n, one.p.kv_start += n, one.p.kv_len += n;
+            one.p.o = alone, one.p.lse = lse;
+            const kl_variant *w = i < count ? v : mla_pick(KL_CPU, NULL, &one.p, KL_FORWARD);
+            assert_false(kl_failed(run(w, &one, KL_FORWARD, 2)));
+        }
+        same_bits("o", alone, x.o, out_size(&x));
+        same_bits("lse", lse, x.lse, (size_t)(x.tokens * s.H));
+        if (i < count && v->backward) {
+            backward(v, &x, 2);
+            for (int64_t n = 0; n < s.N; n++) {
+                problem one = x;
+                bind(&one);
+                one.p.N = 1;
+                one.p.cu_q += n, one.p.kv_start += n, one.p.kv_len += n;
+                one.g.dq = dq, one.g.dlatent = dlatent, one.g.dkv_b = NULL;
+                assert_false(kl_failed(run(v, &one, KL_BACKWARD, 2)));
+            }
+            same_bits("dq", dq, x.dq, q_size(&x));
+            same_bits("dlatent", dlatent, x.dlatent, latent_size(&x));
+        }
+    }
+    free(alone);
+    free(lse);
+    free(dq);
+    free(dlatent);
+    drop(&x);
+}
+
+/* Any subset of the gradients is what it is among all of them; dkv_b is added to. */
+static void subsets_of_gradients(void **state)
+{
+    (void)state;
+    shape s = {.N = 2, .H = 3, .R = 20, .Dn = 8, .Dr = 4, .Dv = 12, .queries = {40, 5}, .keys = {60, 30}, .weight = KL_F16, .size = 1.0f};
+    problem x = make(&s, 5), y = make(&s, 5);
+    bind(&x);
+    bind(&y);
+    const kl_variant *v = mla_pick(KL_CPU, NULL, &x.p, KL_BACKWARD);
+    backward(v, &x, 2);
+    y.p.o = NULL, y.p.lse = NULL; /* not read, not needed */
+    for (int wanted = 0; wanted < 8; wanted++) {
+        poison(y.dq, q_size(&y));
+        poison(y.dlatent, latent_size(&y));
+        for (size_t i = 0; i < weight_size(&y); i++)
+            y.dkv_b[i] = 0.0f;
+        y.g = (mla_grads){y.d_o, wanted & 1 ? y.dq : NULL, wanted & 2 ? y.dlatent : NULL, wanted & 4 ? y.dkv_b : NULL};
+        assert_false(kl_failed(run(v, &y, KL_BACKWARD, 2)));
+        if (wanted & 1)
+            same_bits("dq", x.dq, y.dq, q_size(&x));
+        if (wanted & 2)
+            same_bits("dlatent", x.dlatent, y.dlatent, latent_size(&x));
+        if (wanted & 4)
+            same_bits("dkv_b", x.dkv_b, y.dkv_b, weight_size(&x));
+    }
+    y.g = (mla_grads){y.d_o, NULL, NULL, y.dkv_b};
+    assert_false(kl_failed(run(v, &y, KL_BACKWARD, 2)));
+    for (size_t i = 0; i < weight_size(&y); i++)
+        assert_true(fabsf(y.dkv_b[i] - 2.0f * x.dkv_b[i]) <= 1e-5f * (1.0f + fabsf(x.dkv_b[i])));
+    drop(&x);
+    drop(&y);
+}
+
+/* More expanded rows than the budget holds: heads in several groups, one head in several stretches of keys. */
+static void long_sequences(void **state)
+{
+    (void)state;
+    uint64_t seed = first_seed();
+    shape groups = {.N = 2, .H = 2, .R = 8, .Dn = 300, .Dr = 8, .Dv = 2000, .queries = {2, 3}, .keys = {4000, 3000}, .size = 1.0f};
+    shape stretches = {.N = 1, .H = 2, .R = 8, .Dn = 10, .Dr = 0, .Dv = 3000, .queries = {130}, .keys = {6000}, .size = 1.0f};
+    const shape *shapes[] = {&groups, &stretches};
+    const kl_variant *v = mla_pick(KL_CPU, "chunk", NULL, KL_FORWARD);
+    kl_ctx *ctx = context(2);
+    for (int i = 0; i < 2; i++) {
+        problem x = make(shapes[i], seed);
+        bind(&x);
+        assert_true(v->workspace(ctx, &x.p, KL_FORWARD) < (size_t)80 << 20);
+        answer a = reference(&x, false);
+        forward(v, &x, 2);
+        check_forward(v, &x, &a, seed, kl_tol_mla_f32.forward);
+        forget(&a);
+        drop(&x);
+    }
+    kl_ctx_destroy(ctx);
+}
+
+/* Latent rows beyond 2^31 elements: a cache of 10 GB of which only the last pages exist. */
+static void beyond_two_to_the_31(void **state)
+{
+    (void)state;
+    shape s = {.N = 1, .H = 2, .R = 64, .Dn = 8, .Dr = 32, .Dv = 8, .queries = {3}, .keys = {200}, .size = 1.0f};
+    problem x = make(&s, 9);
+    bind(&x);
+    int count;
+    const kl_variant *v = mla_variants(&count);
+    size_t width = (size_t)(s.R + s.Dr), rows = ((size_t)1 << 31) / width + 5000, bytes = rows * width * sizeof(float);
+    float *cache = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (cache == MAP_FAILED) {
+        drop(&x);
+        skip();
+    }
+    float *o = poisoned(out_size(&x));
+    for (int i = 0; i < count; i++) {
+        forward(&v[i], &x, 2);
+        memcpy(o, x.o, out_size(&x) * sizeof(float));
+        problem far = x;
+        bind(&far);
+        far.kv_start[0] = (int64_t)rows - s.keys[0];
+        memcpy(cache + (size_t)far.kv_start[0] * width, x.latent + (size_t)x.kv_start[0] * width, (size_t)s.keys[0] * width * sizeof(float));
+        far.p.latent = cache;
+        far.p.latent_rows = (int64_t)rows;
+        forward(&v[i], &far, 2);
+        same_bits("o", o, far.o, out_size(&x));
+    }
+    free(o);
+    munmap(cache, bytes);
+    drop(&x);
+}
+
+/* ---- refusals ---- */
+
+static void refuse(const kl_variant *v, const problem *x, kl_pass pass, const char *name)
+{
+    problem y = *x;
+    kl_ctx *ctx = context(1);
+    static _Alignas(64) char workspace[64];
+    kl_status s = pass == KL_FORWARD ? v->forward(ctx, &y.p, workspace, 0) : v->backward(ctx, &y.p, &y.g, workspace, 0);
+    kl_ctx_destroy(ctx);
+    if (!kl_failed(s) || strncmp(s.message, name, strlen(name)) != 0)
+        fail_msg("%s: expected a refusal that begins with '%s', got '%s'", v->name, name, s.message);
+}
+
+static void bad_arguments(void **state)
+{
+    (void)state;
+    shape s = {.N = 2, .H = 3, .R = 20, .Dn = 8, .Dr = 4, .Dv = 12, .queries = {4, 5}, .keys = {6, 30}, .size = 1.0f};
+    problem x = make(&s, 5);
+    bind(&x);
+    int count;
+    const kl_variant *table = mla_variants(&count);
+#define BAD(name, change)                                             \
+    do {                                                              \
+        problem y = x;                                                \
+        bind(&y);                                                     \
+        change;                                                       \
+        for (int i = 0; i < count; i++)                               \
+            refuse(&table[i], &y, KL_FORWARD, name);                  \
+        refuse(mla_pick(KL_CPU, NULL, &y.p, KL_FORWARD), &y, KL_FORWARD, name); \
+    } while (0)
+#define BIND_BAD(name, change) BAD(name, change; y.p.cu_q = y.cu_q; y.p.kv_start = y.kv_start; y.p.kv_len = y.kv_len)
+    BAD("dtype", y.p.dtype = KL_BF16);
+    BAD("latent_dtype", y.p.latent_dtype = KL_F16);
+    BAD("weight_dtype", y.p.weight_dtype = KL_I32);
+    BAD("N:", y.p.N = -1);
+    BAD("H:", y.p.H = 0);
+    BAD("R:", y.p.R = 0);
+    BAD("R:", y.p.R = (int64_t)1 << 40);
+    BAD("Dn:", y.p.Dn = 0);
+    BAD("Dr:", y.p.Dr = -1);
+    BAD("Dv:", y.p.Dv = 0);
+    BAD("H Dv:", y.p.H = 1 << 20; y.p.Dv = 1 << 20);
+    BAD("q_stride:", y.p.q_stride = s.H * (s.Dn + s.Dr) - 1);
+    BAD("latent_rows:", y.p.latent_rows = -1);
+    BAD("latent_rows:", y.p.latent_rows = INT64_MAX);
+    BAD("cu_q:", y.p.cu_q = NULL);
+    BAD("kv_start:", y.p.kv_start = NULL);
+    BAD("kv_len:", y.p.kv_len = NULL);
+    BIND_BAD("cu_q[0]", y.cu_q[0] = -1);
+    BIND_BAD("cu_q[2]", y.cu_q[2] = 1);
+    BIND_BAD("kv_len[1]", y.kv_len[1] = 4);
+    BIND_BAD("kv_len[1]", y.kv_len[1] = 1000);
+    BIND_BAD("kv_start[0]", y.kv_start[0] = -1);
+    BIND_BAD("kv_start[0]", y.kv_start[0] = 1000);
+    BAD("q:", y.p.q = NULL);
+    BAD("latent:", y.p.latent = NULL);
+    BAD("kv_b:", y.p.kv_b = NULL);
+    BAD("scale:", y.p.scale = NAN);
+    BAD("o:", y.p.o = NULL);
+    BAD("workspace:", (void)0); /* refuse() offers none */
+#undef BAD
+    const kl_variant *v = mla_pick(KL_CPU, "chunk", NULL, KL_BACKWARD);
+    problem y = x;
+    bind(&y);
+    refuse(v, &y, KL_BACKWARD, "workspace:");
+    y.g.d_o = NULL;
+    refuse(v, &y, KL_BACKWARD, "d_o:");
+    y = x;
+    bind(&y);
+    y.kv_start[1] = y.kv_start[0] + 3;
+    refuse(v, &y, KL_BACKWARD, "kv_start[1]:");
+    y.p.latent = NULL;
+    refuse(v, &y, KL_BACKWARD, "latent:");
+    kl_ctx *ctx = context(1);
+    assert_true(kl_failed(v->backward(ctx, &x.p, NULL, NULL, 0)));
+    assert_true(kl_failed(v->forward(NULL, &x.p, NULL, 0)));
+    assert_true(kl_failed(v->forward(ctx, NULL, NULL, 0)));
+    assert_true(kl_failed(table[0].check(&x.p, KL_BACKWARD))); /* recurrent has no backward */
+    assert_null(mla_pick(KL_CPU, "recurrent", &x.p, KL_BACKWARD));
+    assert_null(mla_pick(KL_CPU, "no such", &x.p, KL_FORWARD));
+    assert_null(mla_pick(KL_CUDA, NULL, &x.p, KL_FORWARD));
+    /* an address off by 32 */
+    size_t bytes = v->workspace(ctx, &x.p, KL_FORWARD);
+    char *workspace = allocate(bytes + 64);
+    kl_status status = v->forward(ctx, &x.p, workspace + 32, bytes);
+    assert_true(kl_failed(status) && strncmp(status.message, "workspace:", 10) == 0);
+    free(workspace);
+    kl_ctx_destroy(ctx);
+    drop(&x);
+}
+
+static void nothing_to_do(void **state)
+{
+    (void)state;
+    kl_ctx *ctx = context(2);
+    mla_problem none = {.H = 1, .R = 1, .Dn = 1, .Dv = 1};
+    int count;
+    const kl_variant *v = mla_variants(&count);
+    for (int i = 0; i < count; i++) {
+        size_t bytes = v[i].workspace(ctx, &none, KL_FORWARD);
+        void *workspace = allocate(bytes);
+        assert_false(kl_failed(v[i].forward(ctx, &none, workspace, bytes)));
+        free(workspace);
+    }
+    kl_ctx_destroy(ctx);
+}
+
+/* Few queries on many keys go the recurrent way, a prompt the chunk way. */
+static void dispatch(void **state)
+{
+    (void)state;
+    shape decode = {.N = 2, .H = 4, .R = 512, .Dn = 128, .Dr = 64, .Dv = 128, .queries = {1, 4}, .keys = {300, 500}, .size = 1.0f};
+    shape prompt = decode;
+    prompt.queries[0] = prompt.keys[0], prompt.queries[1] = prompt.keys[1];
+    problem x = make(&decode, 1), y = make(&prompt, 1);
+    bind(&x);
+    bind(&y);
+    assert_string_equal(mla_pick(KL_CPU, NULL, &x.p, KL_FORWARD)->name, "recurrent");
+    assert_string_equal(mla_pick(KL_CPU, NULL, &y.p, KL_FORWARD)->name, "chunk");
+    assert_string_equal(mla_pick(KL_CPU, NULL, &x.p, KL_BACKWARD)->name, "chunk");
+    drop(&x);
+    drop(&y);
+}
+
+/* ---- rotary embedding ---- */
+
+static void rotary(void **state)
+{
+    (void)state;
+    enum { T = 9, H = 3, D = 14, Dr = 6, OFFSET = 100000 };
+    kl_ctx *ctx = context(2);
+    kl_rng r = kl_rng_make(3, 3);
+    float x[T * H * D], before[T * H * D];
+    double y[T * H * D];
+    int64_t position[T];
+    kl_fill_normal(&r, x, T * H * D, 0.0f, 1.0f);
+    memcpy(before, x, sizeof x);
+    for (int i = 0; i < T * H * D; i++)
+        y[i] = x[i];
+    for (int t = 0; t < T; t++)
+        position[t] = OFFSET + t;
+    ref_rope_forward(T, H, D, Dr, 10000.0, OFFSET, y);
+    assert_false(kl_failed(mla_rope(ctx, x + D - Dr, T, H, Dr, H * D, D, position, 10000.0f, false)));
+    assert_true(kl_within(kl_rel_err(x, y, T * H * D), 1e-6));
+    assert_false(kl_failed(mla_rope(ctx, x + D - Dr, T, H, Dr, H * D, D, position, 10000.0f, true)));
+    assert_true(kl_within(kl_rel_err_f32(x, before, T * H * D), 1e-6));
+    assert_true(kl_failed(mla_rope(ctx, x, T, H, 5, H * D, D, position, 10000.0f, false)));
+    assert_true(kl_failed(mla_rope(ctx, x, T, H, Dr, H * D, D, position, 0.0f, false)));
+    assert_true(kl_failed(mla_rope(ctx, x, T, H, Dr, H * D, D, NULL, 1.0f, false)));
+    assert_true(kl_failed(mla_rope(ctx, x, T, H, Dr, H * D, 2, position, 1.0f, false)));
+    assert_false(kl_failed(mla_rope(ctx, NULL, 0, H, Dr, H * D, D, NULL, 1.0f, false)));
+    kl_ctx_destroy(ctx);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(random_problems),
         cmocka_unit_test(tile_sizes),
+        cmocka_unit_test(huge_logits),
+        cmocka_unit_test(split_anywhere),
+        cmocka_unit_test(same_for_any_threads),
+        cmocka_unit_test(neighbours_do_not_matter),
+        cmocka_unit_test(subsets_of_gradients),
+        cmocka_unit_test(long_sequences),
+        cmocka_unit_test(beyond_two_to_the_31),
+        cmocka_unit_test(bad_arguments),
+        cmocka_unit_test(nothing_to_do),
+        cmocka_unit_test(dispatch),
+        cmocka_unit_test(rotary),
     };
     return cmocka_run_group_tests_name("mla", tests, NULL, NULL);
 }

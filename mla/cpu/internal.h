@@ -77,6 +77,9 @@ int64_t mla_expand_scratch(const mla_problem *p);
 
 /* ---- entry points of the variants ---- */
 
+/* Does the recurrent form run on AMX tiles here, for these sizes? */
+bool mla_has_tiles(const mla_problem *p);
+
 size_t mla_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status mla_recurrent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 

@@ -89,6 +89,8 @@ static round_size largest_round(const mla_problem *p)
     return most;
 }
 
+bool mla_has_tiles(const mla_problem *p) { return mla_block_amx(p) != NULL; }
+
 static const mla_block_ops *block_ops(const mla_problem *p)
 {
     const mla_block_ops *amx = mla_block_amx(p);
