@@ -1,0 +1,193 @@
+#include "common/split.h"
+
+#include "common/simd.h"
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { TILE = 1024, PARTS = 3, BLOCK = TILE * PARTS };
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+
+bool kl_split_available(void)
+{
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+void kl_split_begin(void)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes_a_row[16];
+        uint8_t rows[16];
+    } __attribute__((aligned(64))) config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.bytes_a_row[i] = 64;
+        config.rows[i] = 16;
+    }
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* some compilers think that only its first bytes are read */
+    _tile_loadconfig(&config);
+}
+
+void kl_split_end(void) { _tile_release(); }
+
+/* ---- packing ---- */
+
+typedef uint16_t halves __attribute__((vector_size(64)));
+
+static inline kl_v leading(kl_v x) { return (kl_v)((kl_vu)x & 0xffff0000u); }
+
+/* The upper halves of the lanes of x0, then of x1. */
+static inline void store_upper(char *to, kl_v x0, kl_v x1)
+{
+    halves packed = __builtin_shufflevector((halves)x0, (halves)x1, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35,
+                                            37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+    *(halves *)to = packed;
+}
+
+/* The upper halves of the lanes of x0 and x1 side by side. */
+static inline void store_pairs(char *to, kl_v x0, kl_v x1)
+{
+    *(kl_vu *)to = ((kl_vu)x1 & 0xffff0000u) | ((kl_vu)x0 >> 16);
+}
+
+void kl_split_left(int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed)
+{
+    char *to = packed;
+    for (int64_t m = 0; m < M; m += 16)
+        for (int64_t k = 0; k < depth; k += 32, to += BLOCK)
+            for (int64_t r = 0; r < 16; r++) {
+                const float *row = A + (m + r) * ld + k;
+                kl_v x0 = sign * kl_vload(row), x1 = k + 16 < depth ? sign * kl_vload(row + 16) : (kl_v){0};
+                store_upper(to + r * 64, x0, x1);
+                x0 -= leading(x0);
+                x1 -= leading(x1);
+                store_upper(to + TILE + r * 64, x0, x1);
+                x0 -= leading(x0);
+                x1 -= leading(x1);
+                store_upper(to + 2 * TILE + r * 64, x0, x1);
+            }
+}
+
+void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed)
+{
+    int64_t blocks = (depth + 31) / 32;
+    for (int64_t k = 0; k < blocks * 32; k += 2)
+        for (int64_t n = 0; n < N; n += 16) {
+            char *to = (char *)packed + ((n / 16) * blocks + k / 32) * BLOCK + (k % 32) / 2 * 64;
+            float *row = B + k * ld + n;
+            kl_v x0 = k < depth ? kl_vload(row) : (kl_v){0}, x1 = k + 1 < depth ? kl_vload(row + ld) : (kl_v){0};
+            if (row_scale && k < depth)
+                kl_vstore(row, x0 * row_scale[k]);
+            if (row_scale && k + 1 < depth)
+                kl_vstore(row + ld, x1 * row_scale[k + 1]);
+            store_pairs(to, x0, x1);
+            x0 -= leading(x0);
+            x1 -= leading(x1);
+            store_pairs(to + TILE, x0, x1);
+            x0 -= leading(x0);
+            x1 -= leading(x1);
+            store_pairs(to + 2 * TILE, x0, x1);
+        }
+}
+
+/* ---- products ---- */
+
+#define MULTIPLY               \
+    do {                       \
+        _tile_dpbf16ps(0, 4, 6); \
+        if (columns == 2)      \
+            _tile_dpbf16ps(1, 4, 7); \
+        if (rows == 2)         \
+            _tile_dpbf16ps(2, 5, 6); \
+        if (rows == 2 && columns == 2) \
+            _tile_dpbf16ps(3, 5, 7); \
+    } while (0)
+#define LEFT(part)                                       \
+    do {                                                 \
+        _tile_loadd(4, a + (part) * TILE, 64);           \
+        if (rows == 2)                                   \
+            _tile_loadd(5, a + stride + (part) * TILE, 64); \
+    } while (0)
+#define RIGHT(part)                                      \
+    do {                                                 \
+        _tile_loadd(6, b + (part) * TILE, 64);           \
+        if (columns == 2)                                \
+            _tile_loadd(7, b + stride + (part) * TILE, 64); \
+    } while (0)
+
+/* One or two tiles of rows by one or two of columns. The six products a block are walked so that each step loads one
+ * operand only. */
+static inline __attribute__((always_inline)) void tiles(int rows, int columns, bool add, int64_t blocks, const char *a, const char *b,
+                                                        float *C, int64_t ld)
+{
+    size_t stride = (size_t)blocks * BLOCK, ld_bytes = (size_t)ld * sizeof(float);
+    if (add) {
+        _tile_loadd(0, C, ld_bytes);
+        if (columns == 2)
+            _tile_loadd(1, C + 16, ld_bytes);
+        if (rows == 2)
+            _tile_loadd(2, C + 16 * ld, ld_bytes);
+        if (rows == 2 && columns == 2)
+            _tile_loadd(3, C + 16 * ld + 16, ld_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < blocks; k++, a += BLOCK, b += BLOCK) {
+        LEFT(0); RIGHT(2); MULTIPLY; /* h l */
+        RIGHT(1); MULTIPLY;          /* h m */
+        LEFT(1); MULTIPLY;           /* m m */
+        RIGHT(0); MULTIPLY;          /* m h */
+        LEFT(0); MULTIPLY;           /* h h */
+        LEFT(2); MULTIPLY;           /* l h */
+    }
+    _tile_stored(0, C, ld_bytes);
+    if (columns == 2)
+        _tile_stored(1, C + 16, ld_bytes);
+    if (rows == 2)
+        _tile_stored(2, C + 16 * ld, ld_bytes);
+    if (rows == 2 && columns == 2)
+        _tile_stored(3, C + 16 * ld + 16, ld_bytes);
+}
+
+void kl_split_product(bool add, int64_t M, int64_t N, int64_t depth, const void *left, const void *right, float *C, int64_t ld)
+{
+    int64_t blocks = (depth + 31) / 32, mt = (M + 15) / 16, nt = N / 16;
+    for (int64_t n = 0; n < nt; n += 2)
+        for (int64_t m = 0; m < mt; m += 2) {
+            const char *a = (const char *)left + m * blocks * BLOCK, *b = (const char *)right + n * blocks * BLOCK;
+            float *c = C + m * 16 * ld + n * 16;
+            if (m + 1 < mt && n + 1 < nt)
+                tiles(2, 2, add, blocks, a, b, c, ld);
+            else if (m + 1 < mt)
+                tiles(2, 1, add, blocks, a, b, c, ld);
+            else if (n + 1 < nt)
+                tiles(1, 2, add, blocks, a, b, c, ld);
+            else
+                tiles(1, 1, add, blocks, a, b, c, ld);
+        }
+}
+
+#else
+
+bool kl_split_available(void) { return false; }
+void kl_split_begin(void) {}
+void kl_split_end(void) {}
+void kl_split_left(int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed)
+{
+    (void)M, (void)depth, (void)sign, (void)A, (void)ld, (void)packed;
+}
+void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed)
+{
+    (void)depth, (void)N, (void)B, (void)ld, (void)row_scale, (void)packed;
+}
+void kl_split_product(bool add, int64_t M, int64_t N, int64_t depth, const void *left, const void *right, float *C, int64_t ld)
+{
+    (void)add, (void)M, (void)N, (void)depth, (void)left, (void)right, (void)C, (void)ld;
+}
+
+#endif
