@@ -72,10 +72,10 @@ void kl_split_left(int64_t M, int64_t depth, float sign, const float *A, int64_t
 
 void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed)
 {
-    int64_t blocks = (depth + 31) / 32;
-    for (int64_t k = 0; k < blocks * 32; k += 2)
-        for (int64_t n = 0; n < N; n += 16) {
-            char *to = (char *)packed + ((n / 16) * blocks + k / 32) * BLOCK + (k % 32) / 2 * 64;
+    char *to = packed;
+    int64_t padded = (depth + 31) / 32 * 32;
+    for (int64_t n = 0; n < N; n += 16)
+        for (int64_t k = 0; k < padded; k += 2, to += 64) {
             float *row = B + k * ld + n;
             kl_v x0 = k < depth ? kl_vload(row) : (kl_v){0}, x1 = k + 1 < depth ? kl_vload(row + ld) : (kl_v){0};
             if (row_scale && k < depth)
@@ -89,6 +89,8 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
             x0 -= leading(x0);
             x1 -= leading(x1);
             store_pairs(to + 2 * TILE, x0, x1);
+            if (k % 32 == 30)
+                to += 2 * TILE; /* past the other two parts of this block */
         }
 }
 

@@ -3,6 +3,7 @@
 #define KL_KDA_CPU_CHUNK_H
 
 #include "common/arena.h"
+#include "common/split.h"
 #include "kda/cpu/intra.h"
 #include "kda/internal.h"
 
@@ -12,13 +13,17 @@ typedef struct kda_panel {
     const kda_problem *p;
     int64_t n, hv, v0, columns;
     int64_t C, Kp, Vp; /* tokens a chunk; K and columns padded to 16 */
+    int64_t Kl;        /* from row to row of [C,Kp] scratch */
+    bool split;        /* products with the state go through the matrix unit */
 } kda_panel;
 
-kda_panel kda_panel_make(const kda_problem *p, int64_t n, int64_t hv, int64_t v0, int64_t columns);
+kda_panel kda_panel_make(const kda_problem *p, int64_t n, int64_t hv, int64_t v0, int64_t columns, bool split);
+/* Whether they shall: where there is such a unit and heads are wide enough to fill its tiles. */
+bool kda_chunk_splits(const kda_problem *p);
 /* For each sequence the number of chunks before it. */
 void kda_first_chunks(const kda_problem *p, int64_t *first_chunk);
 
-/* Scratch of one thread. */
+/* Scratch of one thread. Matrices over K have rows w->Kl apart. */
 typedef struct kda_chunk {
     float *q, *k, *decay; /* [C,Kp] q normalised and scaled, k normalised, e^g */
     float *qg, *kg, *ke;  /* [C,Kp] q P(-1->i), k P(-1->i), k P(i->end) */
@@ -27,6 +32,7 @@ typedef struct kda_chunk {
     float *u, *o;         /* [C,Vp] */
     float *Aqk, *Akk;     /* [C,C]; upper triangles are never read */
     kda_level_scratch level;
+    char *rows, *state, *corrections; /* packed: kg, qg or ke^T; S; u */
 } kda_chunk;
 
 kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p);
@@ -36,11 +42,13 @@ void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x);
 void kda_chunk_prepare(const kda_panel *w, int64_t count, kda_chunk *x);
 /* Of that only what the state after the chunk needs: kg, ke, whole, Akk. */
 void kda_chunk_prepare_write(const kda_panel *w, int64_t count, kda_chunk *x);
-/* u from v and the state S [Kp,Vp] before the chunk; residual [C,Vp], when wanted, is u before beta. */
+/* The state S [Kp,Vp] before the chunk, for the three that follow. When it will be written, S <- Diag(whole) S. */
+void kda_chunk_take_state(const kda_panel *w, float *S, bool written, kda_chunk *x);
+/* u from v; residual [C,Vp], when wanted, is u before beta. */
 void kda_chunk_correct(const kda_panel *w, int64_t count, const float *S, kda_chunk *x, float *residual);
-/* o from u and the state before the chunk. */
+/* o from u. */
 void kda_chunk_read(const kda_panel *w, int64_t count, const float *S, kda_chunk *x);
 /* The state after the chunk. */
-void kda_chunk_write(const kda_panel *w, int64_t count, const kda_chunk *x, float *S);
+void kda_chunk_write(const kda_panel *w, int64_t count, kda_chunk *x, float *S);
 
 #endif

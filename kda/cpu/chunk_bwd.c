@@ -40,7 +40,7 @@ static scratch take_scratch(kl_arena *a, const kda_problem *p)
         *values[i] = KL_TAKE(a, float, C * Vp);
     float **keys[] = {&s.dqg, &s.dkg, &s.dke, &s.dq, &s.dk, &s.da, &s.product, &s.row_term};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        *keys[i] = KL_TAKE(a, float, C * Kp);
+        *keys[i] = KL_TAKE(a, float, C * kda_leading(Kp));
     s.dAqk = KL_TAKE(a, float, C * C);
     s.dAkk = KL_TAKE(a, float, C * C);
     s.dwhole = KL_TAKE(a, float, Kp);
@@ -70,6 +70,7 @@ static void advance(const kda_panel *w, kda_span span, int64_t first, int64_t la
         int64_t count = tokens_in(w, span, c);
         kda_chunk_load(w, span.begin + c * w->C, count, &s->chunk);
         kda_chunk_prepare_write(w, count, &s->chunk);
+        kda_chunk_take_state(w, s->S, true, &s->chunk);
         kda_chunk_correct(w, count, s->S, &s->chunk, NULL);
         kda_chunk_write(w, count, &s->chunk, s->S);
     }
@@ -92,7 +93,7 @@ static void correction_backward(const kda_panel *w, int64_t count, scratch *s)
 {
     const kda_chunk *x = &s->chunk;
     int64_t Vp = w->Vp;
-    kl_tile_gemm(KL_TILE_SET, count, Vp, w->Kp, x->ke, w->Kp, 1, s->dS, Vp, NULL, s->y, Vp);
+    kl_tile_gemm(KL_TILE_SET, count, Vp, w->Kp, x->ke, w->Kl, 1, s->dS, Vp, NULL, s->y, Vp);
     kda_apply_upper(count, Vp, x->Aqk, w->C, s->d_o, s->y, Vp);
     if (!w->p->no_delta) {
         kda_solve_upper(count, Vp, x->Akk, w->C, x->beta, s->y, s->du, Vp);
@@ -128,9 +129,9 @@ static void matrices_backward(const kda_panel *w, int64_t count, scratch *s)
 static void decays_backward(const kda_panel *w, int64_t count, scratch *s)
 {
     const kda_chunk *x = &s->chunk;
-    int64_t ld = w->Kp;
+    int64_t ld = w->Kl, width = w->Kp;
     bool delta = !w->p->no_delta;
-    for (int64_t c = 0; c < ld; c += KL_LANES) {
+    for (int64_t c = 0; c < width; c += KL_LANES) {
         kl_v product = kl_vset(1.0f);
         for (int64_t i = 0; i < count; i++) {
             int64_t at = i * ld + c;
@@ -148,8 +149,8 @@ static void decays_backward(const kda_panel *w, int64_t count, scratch *s)
             kl_vstore(s->da + at, kl_vload(x->whole + c) * kl_vload(s->dwhole + c));
         }
     }
-    kda_add_sums_from_row(count, ld, s->row_term, s->da);
-    for (int64_t c = 0; c < ld; c += KL_LANES) {
+    kda_add_sums_from_row(count, width, ld, s->row_term, s->da);
+    for (int64_t c = 0; c < width; c += KL_LANES) {
         kl_v product = kl_vset(1.0f);
         for (int64_t j = count - 1; j >= 0; j--) {
             int64_t at = j * ld + c;
@@ -159,7 +160,7 @@ static void decays_backward(const kda_panel *w, int64_t count, scratch *s)
             product *= kl_vload(x->decay + at);
         }
     }
-    kda_add_sums_before_row(count, ld, s->row_term, s->da);
+    kda_add_sums_before_row(count, width, ld, s->row_term, s->da);
 }
 
 /* Products with the state before the chunk and with the gradient of the one after it; s->dS moves to before the chunk. */
@@ -169,11 +170,11 @@ static void state_backward(const kda_panel *w, int64_t count, const float *S, sc
     int64_t Kp = w->Kp, Vp = w->Vp;
     kl_tile_transpose(Kp, Vp, S, Vp, s->St, Kp);
     kl_tile_transpose(Kp, Vp, s->dS, Vp, s->dSt, Kp);
-    kl_tile_gemm(KL_TILE_SET, count, Kp, Vp, s->d_o, Vp, 1, s->St, Kp, NULL, s->dqg, Kp);
-    kl_tile_gemm(KL_TILE_SET, count, Kp, Vp, x->u, Vp, 1, s->dSt, Kp, NULL, s->dke, Kp);
+    kl_tile_gemm(KL_TILE_SET, count, Kp, Vp, s->d_o, Vp, 1, s->St, Kp, NULL, s->dqg, w->Kl);
+    kl_tile_gemm(KL_TILE_SET, count, Kp, Vp, x->u, Vp, 1, s->dSt, Kp, NULL, s->dke, w->Kl);
     if (!w->p->no_delta) {
-        memset(s->dkg, 0, (size_t)(count * Kp) * sizeof(float));
-        kl_tile_gemm(KL_TILE_SUB, count, Kp, Vp, s->y, Vp, 1, s->St, Kp, NULL, s->dkg, Kp);
+        memset(s->dkg, 0, (size_t)(count * w->Kl) * sizeof(float));
+        kl_tile_gemm(KL_TILE_SUB, count, Kp, Vp, s->y, Vp, 1, s->St, Kp, NULL, s->dkg, w->Kl);
     }
     for (int64_t c = 0; c < Kp; c++) {
         kl_v sum = {0};
@@ -182,9 +183,9 @@ static void state_backward(const kda_panel *w, int64_t count, const float *S, sc
         s->dwhole[c] = kl_vsum(sum);
     }
     /* dS = Diag(whole) dS' + qg^T do - kg^T y */
-    kl_tile_gemm(KL_TILE_ADD, Kp, Vp, count, x->qg, 1, Kp, s->d_o, Vp, x->whole, s->dS, Vp);
+    kl_tile_gemm(KL_TILE_ADD, Kp, Vp, count, x->qg, 1, w->Kl, s->d_o, Vp, x->whole, s->dS, Vp);
     if (!w->p->no_delta)
-        kl_tile_gemm(KL_TILE_SUB, Kp, Vp, count, x->kg, 1, Kp, s->y, Vp, NULL, s->dS, Vp);
+        kl_tile_gemm(KL_TILE_SUB, Kp, Vp, count, x->kg, 1, w->Kl, s->y, Vp, NULL, s->dS, Vp);
 }
 
 static void store_keys(const kda_panel *w, const kda_grads *g, int64_t t, int64_t count, bool first_head, scratch *s)
@@ -195,10 +196,10 @@ static void store_keys(const kda_panel *w, const kda_grads *g, int64_t t, int64_
     for (int64_t i = 0; i < count; i++) {
         int64_t q = (t + i) * q_stride + h * K, k = (t + i) * k_stride + h * K;
         if (g->dq)
-            kda_unit_row_backward(p->qk_l2norm, K, kda_scale(p->scale, K), (const float *)p->q + q, s->dq + i * w->Kp,
+            kda_unit_row_backward(p->qk_l2norm, K, kda_scale(p->scale, K), (const float *)p->q + q, s->dq + i * w->Kl,
                                   (float *)g->dq + q, !first_head);
         if (g->dk)
-            kda_unit_row_backward(p->qk_l2norm, K, 1.0f, (const float *)p->k + k, s->dk + i * w->Kp, (float *)g->dk + k, !first_head);
+            kda_unit_row_backward(p->qk_l2norm, K, 1.0f, (const float *)p->k + k, s->dk + i * w->Kl, (float *)g->dk + k, !first_head);
     }
 }
 
@@ -235,7 +236,7 @@ static void store_gates(const kda_panel *w, const kda_grads *g, int64_t t, int64
     memset(s->dbias, 0, (size_t)w->Kp * sizeof(float));
     for (int64_t i = 0; i < count; i++) {
         int64_t at = (t + i) * stride + w->hv * p->G;
-        kda_decay_row_backward(p, w->hv, (const float *)p->g + at, s->da + i * w->Kp, g->dg ? (float *)g->dg + at : NULL, &dA, s->dbias);
+        kda_decay_row_backward(p, w->hv, (const float *)p->g + at, s->da + i * w->Kl, g->dg ? (float *)g->dg + at : NULL, &dA, s->dbias);
     }
     if (sums.dA_log)
         sums.dA_log[w->hv] += dA;
@@ -243,12 +244,13 @@ static void store_gates(const kda_panel *w, const kda_grads *g, int64_t t, int64
         sums.ddt_bias[w->hv * p->G + j] += s->dbias[j];
 }
 
-static void chunk_backward(const kda_panel *w, const kda_grads *g, int64_t t, int64_t count, const float *S, run_sums sums,
+static void chunk_backward(const kda_panel *w, const kda_grads *g, int64_t t, int64_t count, float *S, run_sums sums,
                            bool first_head, scratch *s)
 {
     kda_chunk *x = &s->chunk;
     kda_chunk_load(w, t, count, x);
     kda_chunk_prepare(w, count, x);
+    kda_chunk_take_state(w, S, false, x);
     kda_chunk_correct(w, count, S, x, s->residual);
     load_upstream(w, g, t, count, s->d_o);
     correction_backward(w, count, s);
@@ -256,7 +258,7 @@ static void chunk_backward(const kda_panel *w, const kda_grads *g, int64_t t, in
     matrices_backward(w, count, s);
     state_backward(w, count, S, s);
     decays_backward(w, count, s);
-    kda_tokens tokens = {count, w->Kp, x->decay};
+    kda_tokens tokens = {count, w->Kp, w->Kl, x->decay};
     kda_intra_grads intra = {x->q, x->k, s->dAqk, w->p->no_delta ? NULL : s->dAkk, w->C, s->dq, s->dk, s->da, s->product, s->row_term};
     kda_off_diagonal_backward(tokens, &intra, &x->level);
     kda_diagonal_backward(tokens, &intra);
@@ -333,8 +335,11 @@ kl_status kda_cpu_chunk_backward(kl_ctx *ctx, const void *problem, const void *g
     KL_REQUIRE(!a.overflow, "kda: workspace: expected %zu bytes, got %zu", kda_cpu_chunk_backward_workspace(ctx, p), bytes);
     int64_t runs = runs_of(p), group = p->HV / p->H, run_stride = p->HV * (1 + p->G);
     memset(sums, 0, (size_t)(runs * run_stride) * sizeof(double));
+    bool split = kda_chunk_splits(p);
 #pragma omp parallel num_threads(ctx->threads)
     {
+        if (split)
+            kl_split_begin();
         unsigned mode = kl_flush_subnormals();
         kl_arena mine = kl_arena_over(scratches + (size_t)omp_get_thread_num() * each, each);
         scratch s = take_scratch(&mine, p);
@@ -344,10 +349,12 @@ kl_status kda_cpu_chunk_backward(kl_ctx *ctx, const void *problem, const void *g
             run_sums own = {g->dA_log ? sums + run * run_stride : NULL, g->ddt_bias ? sums + run * run_stride + p->HV : NULL};
             for (int64_t n = run * p->N / runs; n < (run + 1) * p->N / runs; n++)
                 for (int64_t j = 0; j < group; j++) {
-                    kda_panel w = kda_panel_make(p, n, h * group + j, 0, p->V);
+                    kda_panel w = kda_panel_make(p, n, h * group + j, 0, p->V, split);
                     head_backward(&w, g, own, j == 0, &s);
                 }
         }
+        if (split)
+            kl_split_end();
         kl_restore_subnormals(mode);
     }
     add_sums(p->HV, runs, run_stride, sums, g->dA_log);

@@ -38,6 +38,7 @@ static void run_panel(const kda_panel *w, int64_t first_chunk, scratch *s)
                             p->chunk_states + ((first_chunk + i / w->C) * p->HV + w->hv) * size);
         kda_chunk_load(w, t, count, &s->chunk);
         kda_chunk_prepare(w, count, &s->chunk);
+        kda_chunk_take_state(w, s->S, true, &s->chunk);
         kda_chunk_correct(w, count, s->S, &s->chunk, NULL);
         kda_chunk_read(w, count, s->S, &s->chunk);
         kda_chunk_write(w, count, &s->chunk, s->S);
@@ -75,8 +76,11 @@ kl_status kda_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspac
     KL_REQUIRE(!a.overflow, "kda: workspace: expected %zu bytes, got %zu", kda_cpu_chunk_workspace(ctx, p, KL_FORWARD), bytes);
     kda_first_chunks(p, first_chunk);
     int64_t panels = kda_panels_a_head(p->N * p->HV, p->V, ctx->threads), width = kl_tile_pad(kl_ceil_div(p->V, panels)), tasks = p->N * p->HV * panels;
+    bool split = kda_chunk_splits(p);
 #pragma omp parallel num_threads(ctx->threads)
     {
+        if (split)
+            kl_split_begin();
         unsigned mode = kl_flush_subnormals();
         kl_arena mine = kl_arena_over(scratches + (size_t)omp_get_thread_num() * each, each);
         scratch s = take_scratch(&mine, p);
@@ -85,9 +89,11 @@ kl_status kda_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspac
             int64_t head = i / panels, v0 = i % panels * width, n = head / p->HV;
             if (v0 >= p->V)
                 continue;
-            kda_panel w = kda_panel_make(p, n, head % p->HV, v0, p->V - v0 < width ? p->V - v0 : width);
+            kda_panel w = kda_panel_make(p, n, head % p->HV, v0, p->V - v0 < width ? p->V - v0 : width, split);
             run_panel(&w, first_chunk[n], &s);
         }
+        if (split)
+            kl_split_end();
         kl_restore_subnormals(mode);
     }
     return kl_ok();

@@ -8,10 +8,12 @@
  * Against KDA that is one more product with the state, four matrices for two, and four triangular products for two. */
 #include "common/arena.h"
 #include "common/parallel.h"
+#include "common/split.h"
 #include "common/simd.h"
 #include "kda/cpu/gates.h"
 #include "kda/cpu/intra.h"
 #include "kda/cpu/state.h"
+#include "kda/cpu/sums.h"
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -29,11 +31,14 @@ typedef struct scratch {
     float *factor, *before, *left, *right;   /* [C,Kp]; before: P(anchor->i-1) of the second halves */
     float *across_k, *across_b;              /* [Kp,C/2] */
     float *S;                                /* [Kp,Vp] */
+    float *across;                           /* [Kp,2C+16] */
+    char *rows, *state, *corrections;        /* packed for the matrix unit */
 } scratch;
 
 typedef struct panel {
     const dplr_problem *p;
-    int64_t n, h, v0, columns, C, Kp, Vp;
+    int64_t n, h, v0, columns, C, Kp, Vp, Kl; /* as in chunk.h */
+    bool split;
 } panel;
 
 static int64_t chunk_tokens(const dplr_problem *p) { return p->chunk ? p->chunk : 64; }
@@ -45,17 +50,22 @@ static scratch take_scratch(kl_arena *arena, const dplr_problem *p)
     scratch s;
     float **keys[] = {&s.q, &s.k, &s.a, &s.b, &s.decay, &s.factor, &s.before, &s.left, &s.right};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        *keys[i] = KL_TAKE(arena, float, C * Kp);
+        *keys[i] = KL_TAKE(arena, float, C * kda_leading(Kp));
     float **matrices[] = {&s.Aab, &s.Aak, &s.Aqb, &s.Aqk};
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
         *matrices[i] = KL_TAKE(arena, float, C * C);
-    s.a_start = KL_TAKE(arena, float, 2 * C * Kp);
-    s.k_end = KL_TAKE(arena, float, 2 * C * Kp);
+    s.a_start = KL_TAKE(arena, float, (2 * C + 16) * kda_leading(Kp));
+    s.k_end = KL_TAKE(arena, float, (2 * C + 16) * kda_leading(Kp));
     s.whole = KL_TAKE(arena, float, Kp);
-    s.v = KL_TAKE(arena, float, 3 * C * Vp);
+    s.v = KL_TAKE(arena, float, (3 * C + 16) * Vp);
     s.across_k = KL_TAKE(arena, float, Kp * (C / 2));
     s.across_b = KL_TAKE(arena, float, Kp * (C / 2));
     s.S = KL_TAKE(arena, float, Kp * Vp);
+    s.across = KL_TAKE(arena, float, Kp * (2 * C + 16));
+    size_t keys_by_tokens = kl_split_bytes(2 * C, Kp), tokens_by_keys = kl_split_bytes(Kp, 2 * C);
+    s.rows = KL_TAKE(arena, char, keys_by_tokens > tokens_by_keys ? keys_by_tokens : tokens_by_keys);
+    s.state = KL_TAKE(arena, char, kl_split_bytes(Vp, Kp));
+    s.corrections = KL_TAKE(arena, char, kl_split_bytes(Vp, 2 * C));
     return s;
 }
 
@@ -64,7 +74,7 @@ static void load(const panel *w, int64_t t, int64_t count, scratch *s)
     const dplr_problem *p = w->p;
     kda_problem gate = {.K = p->K, .G = p->K, .HV = p->H};
     for (int64_t i = 0; i < count; i++) {
-        int64_t at = ((t + i) * p->H + w->h) * p->K, to = i * w->Kp;
+        int64_t at = ((t + i) * p->H + w->h) * p->K, to = i * w->Kl;
         kda_unit_row(false, p->K, kda_scale(p->scale, p->K), p->q + at, s->q + to);
         kda_unit_row(false, p->K, 1.0f, p->k + at, s->k + to);
         kda_unit_row(false, p->K, 1.0f, p->a + at, s->a + to);
@@ -79,7 +89,7 @@ static void load(const panel *w, int64_t t, int64_t count, scratch *s)
 /* a_i P(-1->i-1): the state that a reads is the one before the token. */
 static void from_start_before(kda_tokens t, const float *x, float *y)
 {
-    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+    for (int64_t c = 0; c < t.width; c += KL_LANES) {
         kl_v product = kl_vset(1.0f);
         for (int64_t i = 0; i < t.n; i++) {
             kl_vstore(y + i * t.ld + c, kl_vload(x + i * t.ld + c) * product);
@@ -92,7 +102,7 @@ static void from_start_before(kda_tokens t, const float *x, float *y)
 static void factors_before(kda_tokens t, int64_t h, float *before)
 {
     for (int64_t s = h; s < t.n; s += 2 * h)
-        for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+        for (int64_t c = 0; c < t.width; c += KL_LANES) {
             kl_v product = kl_vset(1.0f);
             for (int64_t i = s; i < smaller(s + h, t.n); i++) {
                 kl_vstore(before + i * t.ld + c, product);
@@ -116,15 +126,15 @@ static void off_diagonal(kda_tokens t, int64_t lda, scratch *s)
         for (int64_t j = 0; j + h < t.n; j += 2 * h) {
             int64_t i = j + h, rows = smaller(h, t.n - i), at = i * lda + j;
             multiply(h * ld, s->k + j * ld, s->factor + j * ld, s->left);
-            kl_tile_transpose(h, ld, s->left, ld, s->across_k, h);
+            kl_tile_transpose(h, t.width, s->left, ld, s->across_k, h);
             multiply(h * ld, s->b + j * ld, s->factor + j * ld, s->left);
-            kl_tile_transpose(h, ld, s->left, ld, s->across_b, h);
+            kl_tile_transpose(h, t.width, s->left, ld, s->across_b, h);
             multiply(rows * ld, s->q + i * ld, s->factor + i * ld, s->right);
-            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_k, h, NULL, s->Aqk + at, lda);
-            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_b, h, NULL, s->Aqb + at, lda);
+            kl_tile_gemm(KL_TILE_SET, rows, h, t.width, s->right, ld, 1, s->across_k, h, NULL, s->Aqk + at, lda);
+            kl_tile_gemm(KL_TILE_SET, rows, h, t.width, s->right, ld, 1, s->across_b, h, NULL, s->Aqb + at, lda);
             multiply(rows * ld, s->a + i * ld, s->before + i * ld, s->right);
-            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_k, h, NULL, s->Aak + at, lda);
-            kl_tile_gemm(KL_TILE_SET, rows, h, ld, s->right, ld, 1, s->across_b, h, NULL, s->Aab + at, lda);
+            kl_tile_gemm(KL_TILE_SET, rows, h, t.width, s->right, ld, 1, s->across_k, h, NULL, s->Aak + at, lda);
+            kl_tile_gemm(KL_TILE_SET, rows, h, t.width, s->right, ld, 1, s->across_b, h, NULL, s->Aab + at, lda);
         }
     }
 }
@@ -135,7 +145,7 @@ enum { WALKERS = 2 };
 INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *q, const float *a, float *walk, float *out[4])
 {
     kl_v sum[4 * WALKERS] = {{0}};
-    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+    for (int64_t c = 0; c < t.width; c += KL_LANES) {
         kl_v d = kl_vload(decay + c), qc = kl_vload(q + c), ac = kl_vload(a + c);
 UNROLL
         for (int w = 0; w < WALKERS; w++) {
@@ -152,15 +162,16 @@ UNROLL
             sum[2 * WALKERS + w] += qc * b;
         }
     }
+    kl_v sums = eight_sums(sum);
     for (int m = 0; m < 4; m++)
         for (int w = 0; w < WALKERS; w++)
-            out[m][w] = kl_vsum(sum[m * WALKERS + w]);
+            out[m][w] = sums[2 * (m * WALKERS + w)];
 }
 
 /* Elements above the diagonal are written too, and read by nobody. */
 static void diagonal(kda_tokens t, int64_t lda, scratch *s)
 {
-    float walk[2 * WALKERS * KDA_MAX_DIM];
+    float walk[2 * WALKERS * (KDA_MAX_DIM + 16)];
     for (int64_t first = 0; first < t.n; first += KDA_BLOCK) {
         int64_t end = smaller(first + KDA_BLOCK, t.n);
         for (int64_t j = first; j < end; j += WALKERS) {
@@ -182,26 +193,54 @@ static void diagonal(kda_tokens t, int64_t lda, scratch *s)
     }
 }
 
+/* u and o from the state, which then decays to the chunk's end where the matrix unit has packed it. */
+static void read_state(const panel *w, int64_t count, scratch *s)
+{
+    float *u = s->v + count * w->Vp;
+    if (!w->split) {
+        kl_tile_gemm(KL_TILE_SET, 2 * count, w->Vp, w->Kp, s->a_start, w->Kl, 1, s->S, w->Vp, NULL, u, w->Vp);
+        return;
+    }
+    kl_split_right(w->Kp, w->Vp, s->S, w->Vp, s->whole, s->state);
+    kl_split_left(2 * count, w->Kp, 1.0f, s->a_start, w->Kl, s->rows);
+    kl_split_product(false, 2 * count, w->Vp, w->Kp, s->rows, s->state, u, w->Vp);
+}
+
+/* S <- Diag(whole) S + k_end^T v + b_end^T u */
+static void write_state(const panel *w, int64_t count, scratch *s)
+{
+    int64_t depth = 2 * count, padded = kl_tile_pad(depth);
+    if (!w->split) {
+        kl_tile_gemm(KL_TILE_ADD, w->Kp, w->Vp, depth, s->k_end, 1, w->Kl, s->v, w->Vp, s->whole, s->S, w->Vp);
+        return;
+    }
+    memset(s->k_end + depth * w->Kl, 0, (size_t)((padded - depth) * w->Kl) * sizeof(float));
+    kl_tile_transpose(padded, w->Kp, s->k_end, w->Kl, s->across, padded);
+    kl_split_left(w->Kp, padded, 1.0f, s->across, padded, s->rows);
+    kl_split_right(depth, w->Vp, s->v, w->Vp, NULL, s->corrections);
+    kl_split_product(true, w->Kp, w->Vp, padded, s->rows, s->corrections, s->S, w->Vp);
+}
+
 static void run_chunk(const panel *w, int64_t count, scratch *s)
 {
-    int64_t Kp = w->Kp, Vp = w->Vp, C = w->C;
-    kda_tokens t = {count, Kp, s->decay};
+    int64_t Vp = w->Vp, C = w->C;
+    kda_tokens t = {count, w->Kp, w->Kl, s->decay};
     float *u = s->v + count * Vp, *o = u + count * Vp;
     from_start_before(t, s->a, s->a_start);
-    kda_from_start(t, s->q, s->a_start + count * Kp);
+    kda_from_start(t, s->q, NULL, s->a_start + count * w->Kl, NULL);
     kda_to_end(t, s->k, s->k_end, s->whole);
-    kda_to_end(t, s->b, s->k_end + count * Kp, s->whole);
+    kda_to_end(t, s->b, s->k_end + count * w->Kl, s->whole);
     off_diagonal(t, C, s);
     diagonal(t, C, s);
     for (int64_t i = 0; i < count; i++)
         for (int64_t j = 0; j < i; j++)
             s->Aab[i * C + j] = -s->Aab[i * C + j];
-    kl_tile_gemm(KL_TILE_SET, 2 * count, Vp, Kp, s->a_start, Kp, 1, s->S, Vp, NULL, u, Vp);
+    read_state(w, count, s);
     kda_apply_lower(count, Vp, true, s->Aak, C, s->v, u, Vp);
     kda_solve_lower(count, Vp, s->Aab, C, NULL, u, NULL, Vp);
     kda_apply_lower(count, Vp, false, s->Aqk, C, s->v, o, Vp);
     kda_apply_lower(count, Vp, false, s->Aqb, C, u, o, Vp);
-    kl_tile_gemm(KL_TILE_ADD, Kp, Vp, 2 * count, s->k_end, 1, Kp, s->v, Vp, s->whole, s->S, Vp);
+    write_state(w, count, s);
 }
 
 static void run_panel(const panel *w, scratch *s)
@@ -244,8 +283,11 @@ kl_status dplr_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspa
     KL_REQUIRE(workspace && bytes >= needed, "dplr: workspace: expected %zu bytes, got %zu", needed, workspace ? bytes : 0);
     int64_t panels = kda_panels_a_head(p->N * p->H, p->V, ctx->threads);
     int64_t width = kl_tile_pad(kl_ceil_div(p->V, panels)), tasks = p->N * p->H * panels;
+    bool split = p->K >= 32 && p->V >= 32 && kl_split_available();
 #pragma omp parallel num_threads(ctx->threads)
     {
+        if (split)
+            kl_split_begin();
         unsigned mode = kl_flush_subnormals();
         kl_arena mine = kl_arena_over((char *)workspace + (size_t)omp_get_thread_num() * each, each);
         scratch s = take_scratch(&mine, p);
@@ -255,9 +297,11 @@ kl_status dplr_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspa
             if (v0 >= p->V)
                 continue;
             int64_t columns = smaller(width, p->V - v0);
-            panel w = {p, head / p->H, head % p->H, v0, columns, chunk_tokens(p), kl_tile_pad(p->K), kl_tile_pad(columns)};
+            panel w = {p, head / p->H, head % p->H, v0, columns, chunk_tokens(p), kl_tile_pad(p->K), kl_tile_pad(columns), kda_leading(kl_tile_pad(p->K)), split};
             run_panel(&w, &s);
         }
+        if (split)
+            kl_split_end();
         kl_restore_subnormals(mode);
     }
     return kl_ok();

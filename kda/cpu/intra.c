@@ -4,6 +4,7 @@
 
 #include "common/simd.h"
 #include "common/tile.h"
+#include "kda/cpu/sums.h"
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -14,104 +15,116 @@
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* ---- running products ---- */
+/* ---- running products ----
+ * A walk is a chain of multiplications, so four columns of sixteen channels walk at a time. */
 
-void kda_from_start(kda_tokens t, const float *x, float *y)
+enum { ABREAST = 4 };
+
+/* Calls body(abreast) for c = 0, 16 abreast, ... with abreast a constant. */
+#define FOR_CHANNELS(width, body)                                  \
+    do {                                                           \
+        int64_t c = 0;                                             \
+        for (; c + ABREAST * KL_LANES <= (width); c += ABREAST * KL_LANES) { \
+            body(ABREAST);                                         \
+        }                                                          \
+        for (; c < (width); c += KL_LANES) {                       \
+            body(1);                                               \
+        }                                                          \
+    } while (0)
+
+/* Rows [first, end) downwards: y_i = x_i product, where product includes the decay of row i. x1 may be NULL. */
+INLINE void walk_down(int abreast, kda_tokens t, int64_t first, int64_t end, const float *x0, const float *x1, float *y0, float *y1)
 {
-    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
-        kl_v product = kl_vset(1.0f);
-        for (int64_t i = 0; i < t.n; i++) {
-            product *= kl_vload(t.decay + i * t.ld + c);
-            kl_vstore(y + i * t.ld + c, kl_vload(x + i * t.ld + c) * product);
+    kl_v product[ABREAST];
+UNROLL
+    for (int v = 0; v < abreast; v++)
+        product[v] = kl_vset(1.0f);
+    for (int64_t i = first; i < end; i++)
+UNROLL
+        for (int v = 0; v < abreast; v++) {
+            int64_t at = i * t.ld + v * KL_LANES;
+            product[v] *= kl_vload(t.decay + at);
+            kl_vstore(y0 + at, x0 ? kl_vload(x0 + at) * product[v] : product[v]);
+            if (x1)
+                kl_vstore(y1 + at, kl_vload(x1 + at) * product[v]);
         }
-    }
+}
+
+/* Rows [first, end) upwards: y_j = x_j product, where product includes the decays of the rows after j; whole, when
+ * wanted, is the product over all rows. */
+INLINE void walk_up(int abreast, kda_tokens t, int64_t first, int64_t end, const float *x, float *y, float *whole)
+{
+    kl_v product[ABREAST];
+UNROLL
+    for (int v = 0; v < abreast; v++)
+        product[v] = kl_vset(1.0f);
+    for (int64_t j = end - 1; j >= first; j--)
+UNROLL
+        for (int v = 0; v < abreast; v++) {
+            int64_t at = j * t.ld + v * KL_LANES;
+            kl_vstore(y + at, x ? kl_vload(x + at) * product[v] : product[v]);
+            product[v] *= kl_vload(t.decay + at);
+        }
+UNROLL
+    for (int v = 0; v < abreast; v++)
+        if (whole)
+            kl_vstore(whole + v * KL_LANES, product[v]);
+}
+
+static kda_tokens from_channel(kda_tokens t, int64_t c)
+{
+    t.decay += c;
+    return t;
+}
+
+void kda_from_start(kda_tokens t, const float *x0, const float *x1, float *y0, float *y1)
+{
+#define BODY(abreast) \
+    walk_down(abreast, from_channel(t, c), 0, t.n, x0 + c, x1 ? x1 + c : NULL, y0 + c, x1 ? y1 + c : NULL)
+    FOR_CHANNELS(t.width, BODY);
+#undef BODY
 }
 
 void kda_to_end(kda_tokens t, const float *x, float *y, float *whole)
 {
-    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
-        kl_v product = kl_vset(1.0f);
-        for (int64_t j = t.n - 1; j >= 0; j--) {
-            kl_vstore(y + j * t.ld + c, kl_vload(x + j * t.ld + c) * product);
-            product *= kl_vload(t.decay + j * t.ld + c);
-        }
-        kl_vstore(whole + c, product);
-    }
+#define BODY(abreast) walk_up(abreast, from_channel(t, c), 0, t.n, x + c, y + c, whole + c)
+    FOR_CHANNELS(t.width, BODY);
+#undef BODY
 }
 
 void kda_anchor_factors(kda_tokens t, int64_t h, float *factor)
 {
     for (int64_t s = 0; s + h < t.n; s += 2 * h) {
-        int64_t anchor = s + h - 1, end = smaller(s + 2 * h, t.n);
-        for (int64_t c = 0; c < t.ld; c += KL_LANES) {
-            kl_v product = kl_vset(1.0f);
-            for (int64_t j = anchor; j >= s; j--) {
-                kl_vstore(factor + j * t.ld + c, product);
-                product *= kl_vload(t.decay + j * t.ld + c);
-            }
-            product = kl_vset(1.0f);
-            for (int64_t i = anchor + 1; i < end; i++) {
-                product *= kl_vload(t.decay + i * t.ld + c);
-                kl_vstore(factor + i * t.ld + c, product);
-            }
-        }
+        int64_t end = smaller(s + 2 * h, t.n);
+#define BODY(abreast)                                                                        \
+    walk_up(abreast, from_channel(t, c), s, s + h, NULL, factor + c, NULL);                  \
+    walk_down(abreast, from_channel(t, c), s + h, end, NULL, NULL, factor + c, NULL)
+        FOR_CHANNELS(t.width, BODY);
+#undef BODY
     }
 }
 
 /* ---- intra-chunk matrices ---- */
 
-static void multiply_rows(int64_t count, const float *x, const float *factor, float *y)
-{
-    for (int64_t c = 0; c < count; c += KL_LANES)
-        kl_vstore(y + c, kl_vload(x + c) * kl_vload(factor + c));
-}
-
 void kda_off_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda,
                       const kda_level_scratch *scratch)
 {
     int64_t ld = t.ld;
-    for (int64_t h = KDA_BLOCK; h < t.n; h *= 2) {
-        kda_anchor_factors(t, h, scratch->factor);
+    float *across = scratch->across, *left = scratch->left, *right0 = scratch->right0, *right1 = scratch->right1;
+    for (int64_t h = KDA_BLOCK; h < t.n; h *= 2)
         for (int64_t s = 0; s + h < t.n; s += 2 * h) {
-            int64_t i = s + h, rows = smaller(h, t.n - i);
+            int64_t i = s + h, end = smaller(s + 2 * h, t.n);
             /* A[i,j] = (x_i P(a->i)) . (P(j->a) y_j) */
-            multiply_rows(h * ld, y + s * ld, scratch->factor + s * ld, scratch->left);
-            kl_tile_transpose(h, ld, scratch->left, ld, scratch->across, h);
-            multiply_rows(rows * ld, x0 + i * ld, scratch->factor + i * ld, scratch->right0);
-            kl_tile_gemm(KL_TILE_SET, rows, h, ld, scratch->right0, ld, 1, scratch->across, h, NULL, A0 + i * lda + s, lda);
-            if (!x1)
-                continue;
-            multiply_rows(rows * ld, x1 + i * ld, scratch->factor + i * ld, scratch->right1);
-            kl_tile_gemm(KL_TILE_SET, rows, h, ld, scratch->right1, ld, 1, scratch->across, h, NULL, A1 + i * lda + s, lda);
+#define BODY(abreast)                                                                                                  \
+    walk_up(abreast, from_channel(t, c), s, i, y + c, left + c, NULL);                                                 \
+    walk_down(abreast, from_channel(t, c), i, end, x0 + c, x1 ? x1 + c : NULL, right0 + c, x1 ? right1 + c : NULL)
+            FOR_CHANNELS(t.width, BODY);
+#undef BODY
+            kl_tile_transpose(h, t.width, left + s * ld, ld, across, h);
+            kl_tile_gemm(KL_TILE_SET, end - i, h, t.width, right0 + i * ld, ld, 1, across, h, NULL, A0 + i * lda + s, lda);
+            if (x1)
+                kl_tile_gemm(KL_TILE_SET, end - i, h, t.width, right1 + i * ld, ld, 1, across, h, NULL, A1 + i * lda + s, lda);
         }
-    }
-}
-
-/* Lane pairs of two vectors: the low halves' sums of a and of b side by side, and so on down to single sums. */
-INLINE kl_v fold_8(kl_v a, kl_v b)
-{
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-INLINE kl_v fold_4(kl_v a, kl_v b)
-{
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-INLINE kl_v fold_2(kl_v a, kl_v b)
-{
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-}
-INLINE kl_v fold_1(kl_v a)
-{
-    return a + __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-}
-
-/* Lane 2j of the result is the sum of x[j]. */
-INLINE kl_v eight_sums(const kl_v x[8])
-{
-    return fold_1(fold_2(fold_4(fold_8(x[0], x[1]), fold_8(x[2], x[3])), fold_4(fold_8(x[4], x[5]), fold_8(x[6], x[7]))));
 }
 
 enum { WALKERS = 4 }; /* columns that walk together, so that a row is loaded once for them */
@@ -122,7 +135,7 @@ INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const flo
                          float *A0, float *A1, int64_t columns)
 {
     kl_v sum[2 * WALKERS] = {{0}};
-    for (int64_t c = 0; c < t.ld; c += KL_LANES) {
+    for (int64_t c = 0; c < t.width; c += KL_LANES) {
         kl_v d = kl_vload(decay + c), r0 = kl_vload(x0 + c), r1 = x1 ? kl_vload(x1 + c) : r0;
 UNROLL
         for (int w = 0; w < WALKERS; w++) {
@@ -145,7 +158,7 @@ UNROLL
 
 void kda_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda)
 {
-    float walk[WALKERS * 256];
+    float walk[WALKERS * (256 + 16)];
     for (int64_t s = 0; s < t.n; s += KDA_BLOCK) {
         int64_t end = smaller(s + KDA_BLOCK, t.n);
         for (int64_t j = s; j < end; j += WALKERS) {

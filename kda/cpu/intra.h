@@ -14,15 +14,18 @@
 
 enum { KDA_BLOCK = 16, KDA_MAX_CHUNK = 128 };
 
-/* Matrices [n,ld] of one chunk: n tokens, ld channels (K padded to 16, padding zero). */
+/* Matrices [n,width] of one chunk, rows ld apart: n tokens, width channels (K padded to 16, padding zero). Walks go down
+ * the columns, so ld is an odd number of cache lines: kda_leading(width). */
 typedef struct kda_tokens {
-    int64_t n, ld;
+    int64_t n, width, ld;
     const float *decay; /* e^g; padding 1 */
 } kda_tokens;
 
-/* x[i] P(-1->i): what the row reads of the state before the chunk. */
-void kda_from_start(kda_tokens t, const float *x, float *y);
-/* y[j] P(j->n-1): what the row leaves in the state after the chunk; whole [ld] = P(-1->n-1). */
+static inline int64_t kda_leading(int64_t width) { return width | 16; }
+
+/* y[i] = x[i] P(-1->i): what the row reads of the state before the chunk. For two matrices at a time; x1 NULL: one. */
+void kda_from_start(kda_tokens t, const float *x0, const float *x1, float *y0, float *y1);
+/* y[j] P(j->n-1): what the row leaves in the state after the chunk; whole [width] = P(-1->n-1). */
 void kda_to_end(kda_tokens t, const float *x, float *y, float *whole);
 
 /* P between each token and its anchor at level h: P(s+h-1->i) for the second half, P(j->s+h-1) for the first. First
@@ -30,7 +33,7 @@ void kda_to_end(kda_tokens t, const float *x, float *y, float *whole);
 void kda_anchor_factors(kda_tokens t, int64_t h, float *factor);
 
 /* For each of two row matrices x0, x1 (x1 NULL: none) A[i,j] of all j < i below the diagonal blocks of 16 (rows of A
- * lda apart). factor [n,ld], left, right0, right1 [n,ld] and across [ld,64] are scratch. */
+ * lda apart). factor [n,ld], left, right0, right1 [n,ld] and across [width,64] are scratch. */
 typedef struct kda_level_scratch {
     float *factor, *left, *right0, *right1, *across;
 } kda_level_scratch;

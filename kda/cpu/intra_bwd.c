@@ -6,9 +6,9 @@
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline void add_to(float *y, kl_v x) { kl_vstore(y, kl_vload(y) + x); }
 
-void kda_add_sums_from_row(int64_t n, int64_t ld, const float *term, float *da)
+void kda_add_sums_from_row(int64_t n, int64_t width, int64_t ld, const float *term, float *da)
 {
-    for (int64_t c = 0; c < ld; c += KL_LANES) {
+    for (int64_t c = 0; c < width; c += KL_LANES) {
         kl_v sum = {0};
         for (int64_t t = n - 1; t >= 0; t--) {
             sum += kl_vload(term + t * ld + c);
@@ -17,9 +17,9 @@ void kda_add_sums_from_row(int64_t n, int64_t ld, const float *term, float *da)
     }
 }
 
-void kda_add_sums_before_row(int64_t n, int64_t ld, const float *term, float *da)
+void kda_add_sums_before_row(int64_t n, int64_t width, int64_t ld, const float *term, float *da)
 {
-    for (int64_t c = 0; c < ld; c += KL_LANES) {
+    for (int64_t c = 0; c < width; c += KL_LANES) {
         kl_v sum = {0};
         for (int64_t t = 0; t < n; t++) {
             add_to(da + t * ld + c, sum);
@@ -34,7 +34,7 @@ static void rows_backward(kda_tokens t, const float *dA, int64_t lda, int64_t ro
                           const float *left, const float *x, float *dx, float *product, float *term, bool add)
 {
     int64_t ld = t.ld;
-    kl_tile_gemm(KL_TILE_SET, rows, ld, columns, dA, lda, 1, left, ld, NULL, product, ld);
+    kl_tile_gemm(KL_TILE_SET, rows, t.width, columns, dA, lda, 1, left, ld, NULL, product, ld);
     for (int64_t c = 0; c < rows * ld; c += KL_LANES) {
         kl_v d = kl_vload(product + c) * kl_vload(factor + c);
         add_to(dx + c, d);
@@ -62,20 +62,20 @@ void kda_off_diagonal_backward(kda_tokens t, const kda_intra_grads *g, const kda
             rows_backward(t, dAqk, lda, rows, h, f_right, scratch->left, g->q + i * ld, g->dq + i * ld, g->product, g->row_term, false);
             if (dAkk)
                 rows_backward(t, dAkk, lda, rows, h, f_right, scratch->left, g->k + i * ld, g->dk + i * ld, g->product, g->row_term, true);
-            kda_add_sums_from_row(rows, ld, g->row_term, g->da + i * ld);
+            kda_add_sums_from_row(rows, t.width, ld, g->row_term, g->da + i * ld);
             /* The first half as columns: dk_j += f_j sum_i dA[i,j] x_i f_i;   term_j = k_j f_j sum_i ... */
             multiply(rows * ld, g->q + i * ld, f_right, scratch->right0);
-            kl_tile_gemm(KL_TILE_SET, h, ld, rows, dAqk, 1, lda, scratch->right0, ld, NULL, g->product, ld);
+            kl_tile_gemm(KL_TILE_SET, h, t.width, rows, dAqk, 1, lda, scratch->right0, ld, NULL, g->product, ld);
             if (dAkk) {
                 multiply(rows * ld, g->k + i * ld, f_right, scratch->right1);
-                kl_tile_gemm(KL_TILE_ADD, h, ld, rows, dAkk, 1, lda, scratch->right1, ld, NULL, g->product, ld);
+                kl_tile_gemm(KL_TILE_ADD, h, t.width, rows, dAkk, 1, lda, scratch->right1, ld, NULL, g->product, ld);
             }
             for (int64_t c = 0; c < h * ld; c += KL_LANES) {
                 kl_v d = kl_vload(g->product + c);
                 add_to(g->dk + s * ld + c, d * kl_vload(f_left + c));
                 kl_vstore(g->row_term + c, d * kl_vload(scratch->left + c));
             }
-            kda_add_sums_before_row(h, ld, g->row_term, g->da + s * ld);
+            kda_add_sums_before_row(h, t.width, ld, g->row_term, g->da + s * ld);
         }
     }
 }
@@ -116,6 +116,6 @@ static void diagonal_channels(kda_tokens t, const kda_intra_grads *g, int64_t s,
 void kda_diagonal_backward(kda_tokens t, const kda_intra_grads *g)
 {
     for (int64_t s = 0; s < t.n; s += KDA_BLOCK)
-        for (int64_t c = 0; c < t.ld; c += KL_LANES)
+        for (int64_t c = 0; c < t.width; c += KL_LANES)
             diagonal_channels(t, g, s, smaller(KDA_BLOCK, t.n - s), c);
 }

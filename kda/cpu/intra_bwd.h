@@ -18,8 +18,8 @@ typedef struct kda_intra_grads {
 void kda_off_diagonal_backward(kda_tokens t, const kda_intra_grads *g, const kda_level_scratch *scratch);
 void kda_diagonal_backward(kda_tokens t, const kda_intra_grads *g);
 
-/* da_t += sum_{i>=t} term_i and da_t += sum_{j<t} term_j over n rows of ld. */
-void kda_add_sums_from_row(int64_t n, int64_t ld, const float *term, float *da);
-void kda_add_sums_before_row(int64_t n, int64_t ld, const float *term, float *da);
+/* da_t += sum_{i>=t} term_i and da_t += sum_{j<t} term_j over n rows of `width`, ld apart. */
+void kda_add_sums_from_row(int64_t n, int64_t width, int64_t ld, const float *term, float *da);
+void kda_add_sums_before_row(int64_t n, int64_t width, int64_t ld, const float *term, float *da);
 
 #endif
