@@ -155,7 +155,7 @@ install: all
 	install -m 755 $(BUILD)/libkl.so $(DESTDIR)$(PREFIX)/lib/libkl.so.$(VERSION)
 	ln -sf libkl.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkl.so.0
 	ln -sf libkl.so.0 $(DESTDIR)$(PREFIX)/lib/libkl.so
-	install -m 644 $(BUILD)/kl.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/kl.pc
+	sed 's|^prefix=.*|prefix=$(PREFIX)|' $(BUILD)/kl.pc > $(DESTDIR)$(PREFIX)/lib/pkgconfig/kl.pc
 	for h in $(PUBLIC); do install -D -m 644 $$h $(DESTDIR)$(PREFIX)/include/kl/$$h; done
 
 demo: deps
