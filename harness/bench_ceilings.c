@@ -7,7 +7,7 @@
 #include "common/simd.h"
 #include "harness/bench.h"
 
-enum { STREAM_BYTES = 256 << 20, TILE = 1 << 18, GEMM = 1536, RUNS = 7 };
+enum { STREAM_BYTES = 256 << 20, TILE = 1 << 18, GEMM = 1024, RUNS = 5 };
 
 static void copy_all(const kl_ctx *ctx, char *dst, const char *src)
 {

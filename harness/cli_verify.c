@@ -18,7 +18,7 @@ static const struct argp_option options[] = {
     {"seed", KEY_SEED, "S", 0, "Of the random problems (1)", 1},
     {"cases", KEY_CASES, "N", 0, "How many random problems (42)", 1},
     {"every-tensor", KEY_ALL, 0, 0, "One row a tensor for random problems too, not only the worst of a pass", 1},
-    {"variant", KEY_VARIANT, "NAME", 0, "Check this variant only", 2},
+    {"variant", KEY_VARIANT, "NAME", 0, "Check this variant only (of a model: default, kda:chunk, ...)", 2},
     {"summary", KEY_SUMMARY, 0, 0, "One problem a family: every variant with its error and its time", 2},
     {0}};
 

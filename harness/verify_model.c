@@ -138,10 +138,14 @@ kl_status kl_verify_model_tensors(kl_verifier *v, const kl_golden_model *g, cons
     return verify_loss(v, g, variant, gradients);
 }
 
-/* The model as dispatch runs it, then with each registered variant pinned in turn. */
+static bool wanted(const kl_verifier *v, const char *name) { return !v->only || strcmp(v->only, name) == 0; }
+
+/* The model as dispatch runs it ("default"), then with each registered variant pinned in turn ("kda:chunk", ...). */
 static kl_status verify_variants(kl_verifier *v, const kl_golden_model *g)
 {
-    KL_TRY(kl_verify_model_tensors(v, g, "default", true));
+    int ran = wanted(v, "default");
+    if (ran)
+        KL_TRY(kl_verify_model_tensors(v, g, "default", true));
     static const kl_family families[] = {KL_FAMILY_KDA, KL_FAMILY_MLA, KL_FAMILY_MOE};
     const char **pin[] = {&g->model->kda_variant, &g->model->mla_variant, &g->model->moe_variant};
     for (int f = 0; f < 3; f++) {
@@ -152,6 +156,9 @@ static kl_status verify_variants(kl_verifier *v, const kl_golden_model *g)
                 continue;
             char name[64];
             snprintf(name, sizeof name, "%s:%s", variant[i].family, variant[i].name);
+            if (!wanted(v, name))
+                continue;
+            ran++;
             *pin[f] = variant[i].name;
             kl_status s = kl_verify_model_tensors(v, g, name, variant[i].backward != NULL);
             *pin[f] = NULL;
@@ -161,6 +168,7 @@ static kl_status verify_variants(kl_verifier *v, const kl_golden_model *g)
                 kl_verify_fact(v, "model", name, "runs", false, s.message);
         }
     }
+    KL_REQUIRE(ran, "--variant: expected default or FAMILY:NAME such as kda:chunk, got '%s'", v->only);
     return kl_ok();
 }
 
