@@ -6,7 +6,8 @@
 
 #include "common/timer.h"
 
-enum { DEFAULT_CHUNK = 512 };
+/* Above DECODE_WORKSPACE bytes the prompt's workspace goes back before decoding begins. */
+enum { DEFAULT_CHUNK = 512, DECODE_WORKSPACE = 32 << 20 };
 
 typedef struct sequence {
     const int32_t *prompt;
@@ -189,6 +190,7 @@ static kl_status run(generator *g, kl_generation_stats *stats)
 {
     double start = kl_now();
     KL_TRY(prefill(g));
+    kl_model_trim(g->m, DECODE_WORKSPACE);
     double middle = kl_now();
     int64_t steps = 0;
     KL_TRY(decode(g, &steps));

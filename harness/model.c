@@ -84,12 +84,20 @@ kl_status kl_model_random(kl_model **out, kl_ctx *ctx, const kl_config *c, uint6
     return finish(out, m, initialise(m, c, seed));
 }
 
+void kl_model_trim(kl_model *m, size_t keep)
+{
+    if (m->workspace_bytes <= keep)
+        return;
+    m->ops->release(m->ctx, m->workspace);
+    m->workspace = NULL;
+    m->workspace_bytes = 0;
+}
+
 void kl_model_close(kl_model *m)
 {
     if (!m)
         return;
-    if (m->workspace)
-        m->ops->release(m->ctx, m->workspace);
+    kl_model_trim(m, 0);
     if (m->unit_taps)
         m->ops->release(m->ctx, m->unit_taps);
     kl_weights_free(&m->weights);

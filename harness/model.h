@@ -27,6 +27,8 @@ typedef struct kl_model {
 kl_status kl_model_open(kl_model **m, kl_ctx *ctx, const char *dir);                       /* maps a checkpoint */
 kl_status kl_model_random(kl_model **m, kl_ctx *ctx, const kl_config *c, uint64_t seed);   /* owned float weights */
 void kl_model_close(kl_model *m);
+/* Gives the workspace back when it is larger than `keep` bytes: a long prompt's is much larger than a decoding step needs. */
+void kl_model_trim(kl_model *m, size_t keep);
 
 /* N packed sequences: tokens cu[n] .. cu[n+1]-1 of ids. With a cache, sequence n continues slot[n] (all distinct) and
  * its length grows; without, it starts from nothing. */
