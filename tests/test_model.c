@@ -375,6 +375,82 @@ static void later_tokens_leave_earlier_logits_alone(void **state)
     kl_ctx_destroy(ctx);
 }
 
+/* Nothing is read that was not written in the same call: workspace and unused cache rows hold NaN. */
+static void poisoned_memory_changes_nothing(void **state)
+{
+    (void)state;
+    kl_ctx *ctx = make_ctx(1);
+    for (int v = 0; v < VARIANT_COUNT; v++) {
+        kl_config c = variant_config(v);
+        kl_model *m = random_model(ctx, &c, 15);
+        int32_t *ids = random_ids(9, 75, c.vocab_size);
+        int64_t cu[] = {0, 33, 33, 34, 75};
+        float *want = all_logits(m, 4, cu, ids), *cached = floats((size_t)(75 * c.vocab_size));
+        memset(m->workspace, 0xff, m->workspace_bytes);
+        float *got = all_logits(m, 4, cu, ids);
+        assert_memory_equal(got, want, (size_t)(75 * c.vocab_size) * sizeof *got);
+        kl_cache *cache;
+        OK(kl_cache_create(&cache, &c, 4, 60));
+        for (int64_t l = 0; l < c.num_layers; l++)
+            if (cache->latent[l])
+                memset(cache->latent[l], 0xff, (size_t)(4 * 60 * (c.kv_lora_rank + c.qk_rope_head_dim)) * sizeof(float));
+        memset(m->workspace, 0xff, m->workspace_bytes);
+        OK(kl_model_forward(m, &(kl_batch){.N = 4, .cu = cu, .ids = ids}, cache, &(kl_outputs){.logits = cached}));
+        WITHIN(kl_rel_err_f32(cached, want, (size_t)(75 * c.vocab_size)), SAME_LIMIT, VARIANTS[v][0]);
+        kl_cache_destroy(cache);
+
+        kl_weights grads[2];
+        double loss[2];
+        int32_t *targets = random_ids(10, 75, c.vocab_size);
+        for (int i = 0; i < 2; i++) {
+            OK(kl_weights_zeros(&grads[i], &c));
+            OK(kl_model_loss(m, &(kl_batch){.N = 4, .cu = cu, .ids = ids}, targets, &loss[i], NULL, &grads[i], 1.0f));
+            memset(m->workspace, 0xff, m->workspace_bytes);
+        }
+        assert_true(loss[0] == loss[1]);
+        assert_memory_equal(grads[0].owned, grads[1].owned, grads[0].owned_bytes);
+        kl_weights_free(&grads[0]);
+        kl_weights_free(&grads[1]);
+        free(want);
+        free(got);
+        free(cached);
+        free(ids);
+        free(targets);
+        kl_model_close(m);
+    }
+    kl_ctx_destroy(ctx);
+}
+
+/* A token more each step, but no allocation each step. */
+static void decoding_seldom_allocates(void **state)
+{
+    (void)state;
+    kl_ctx *ctx = make_ctx(1);
+    kl_config c = variant_config(0);
+    kl_model *m = random_model(ctx, &c, 16);
+    kl_cache *cache;
+    OK(kl_cache_create(&cache, &c, 1, 500));
+    float *logits = floats((size_t)c.vocab_size);
+    int64_t cu[] = {0, 1};
+    int32_t id = 3;
+    int grown = 0;
+    for (size_t bytes = 0, i = 0; i < 500; i++) {
+        OK(kl_model_forward(m, &(kl_batch){.N = 1, .cu = cu, .ids = &id}, cache, &(kl_outputs){.logits = logits, .last_only = true}));
+        grown += m->workspace_bytes != bytes;
+        bytes = m->workspace_bytes;
+    }
+    assert_true(grown >= 1 && grown <= 20); /* each time by an eighth at least */
+    size_t kept = m->workspace_bytes;
+    kl_model_trim(m, kept);
+    assert_int_equal(m->workspace_bytes, kept);
+    kl_model_trim(m, kept - 1);
+    assert_int_equal(m->workspace_bytes, 0);
+    free(logits);
+    kl_cache_destroy(cache);
+    kl_model_close(m);
+    kl_ctx_destroy(ctx);
+}
+
 /* ---- gradients ---- */
 
 typedef struct problem {
@@ -692,6 +768,8 @@ int main(void)
         cmocka_unit_test(bf16_latents_do_not_depend_on_chunks),
         cmocka_unit_test(packed_sequences_do_not_see_each_other),
         cmocka_unit_test(later_tokens_leave_earlier_logits_alone),
+        cmocka_unit_test(poisoned_memory_changes_nothing),
+        cmocka_unit_test(decoding_seldom_allocates),
         cmocka_unit_test(gradients_match_finite_differences),
         cmocka_unit_test(gradients_accumulate_and_scale),
         cmocka_unit_test(recomputing_gives_the_same_bits),
