@@ -127,19 +127,21 @@ size_t mla_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass p
  * Returns e^(m - m'). */
 static kl_v softmax_group(float *s, int64_t keys, const kl_vi *seen, float *m, float *l)
 {
-    kl_v old = kl_vload(m), top = old, sum = {0}, hidden = kl_vset(-INFINITY);
-    for (int64_t j = 0; j < keys; j++) {
-        kl_v x = kl_vload(s + j * MLA_GROUP);
-        if (seen) {
-            kl_vi show = (int32_t)j < *seen;
-            x = (kl_v)(((kl_vi)x & show) | ((kl_vi)hidden & ~show));
-            kl_vstore(s + j * MLA_GROUP, x);
-        }
-        top = kl_vmax(x, top);
+    kl_v old = kl_vload(m), sum = {0}, hidden = kl_vset(-INFINITY), most[4] = {old, old, old, old}; /* four chains */
+    for (int64_t j = 0; seen && j < keys; j++) {
+        kl_vi show = (int32_t)j < *seen, x = (kl_vi)kl_vload(s + j * MLA_GROUP);
+        kl_vstore(s + j * MLA_GROUP, (kl_v)((x & show) | ((kl_vi)hidden & ~show)));
     }
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4)
+        for (int64_t c = 0; c < 4; c++)
+            most[c] = kl_vmax(kl_vload(s + (j + c) * MLA_GROUP), most[c]);
+    for (; j < keys; j++)
+        most[0] = kl_vmax(kl_vload(s + j * MLA_GROUP), most[0]);
+    kl_v top = kl_vmax(kl_vmax(most[0], most[1]), kl_vmax(most[2], most[3]));
     kl_vi finite = top > hidden;
     kl_v shift = (kl_v)((kl_vi)top & finite); /* 0 where nothing is visible yet */
-    for (int64_t j = 0; j < keys; j++) {
+    for (j = 0; j < keys; j++) {
         kl_v e = kl_vexp(kl_vload(s + j * MLA_GROUP) - shift);
         kl_vstore(s + j * MLA_GROUP, e);
         sum += e;

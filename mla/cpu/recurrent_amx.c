@@ -244,7 +244,7 @@ typedef struct coming {
 static coming next_block(const mla_problem *p, int64_t row, int64_t rows, int64_t groups, int64_t keys)
 {
     int64_t pairs = kl_ceil_div(groups, 2), chunks = kl_ceil_div(keys, DEPTH);
-    int64_t steps = chunks * pairs * (p->R + p->Dr) / DEPTH * 2 + chunks * pairs * p->R / DEPTH * 2 + chunks * p->R / DEPTH * latent_parts(p);
+    int64_t steps = chunks * pairs * (p->R + p->Dr) / DEPTH * 2 + chunks * pairs * p->R / DEPTH * 2;
     int64_t bytes = (p->R + p->Dr) * (int64_t)kl_dtype_size(p->latent_dtype) * rows;
     const char *at = rows ? mla_latent_at(p, row, 0) : NULL;
     return (coming){at, at + bytes, kl_ceil_div(kl_ceil_div(bytes, 64), steps) * 64};
@@ -342,29 +342,34 @@ AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t a
 
 /* ---- o += P^T c ---- */
 
-/* Columns 32 v .. 32 v + 31 of `chunks` chunks of keys, pairs of rows interleaved. */
-AMX static void interleave(const char *from, int64_t stride, int chunks, coming *next, strip *out)
+/* Columns 32 v .. 32 v + 31 of the block, to be interleaved into `out`. */
+typedef struct columns {
+    const block *b;
+    int64_t v;
+    strip *out;
+} columns;
+
+/* Chunk c of it, pairs of rows interleaved. */
+AMX static inline void interleave(const char *from, int64_t stride, int64_t v, int c, strip *out)
 {
-    for (int c = 0; c < chunks; c++) {
-        prefetch(next);
-        for (int k = 0; k < TILE; k++) {
-            const char *at = from + (c * DEPTH + 2 * k) * stride;
-            __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + stride);
-            _mm512_store_si512(out->half[0][c].word[k], _mm512_unpacklo_epi16(even, odd));
-            _mm512_store_si512(out->half[1][c].word[k], _mm512_unpackhi_epi16(even, odd));
-        }
+    const char *at = from + c * DEPTH * stride + v * 64;
+    for (int k = 0; k < TILE; k++, at += 2 * stride) {
+        __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + stride);
+        _mm512_store_si512(out->half[0][c].word[k], _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(out->half[1][c].word[k], _mm512_unpackhi_epi16(even, odd));
     }
 }
 
-AMX static void interleave_strip(const block *b, int64_t v, int chunks, coming *next, strip *out)
+AMX static inline void interleave_chunk(const columns *to, int c)
 {
-    interleave(b->hi + v * 64, b->stride, chunks, next, &out[0]);
-    if (b->lo)
-        interleave(b->lo + v * 64, b->stride, chunks, next, &out[1]);
+    interleave(to->b->hi, to->b->stride, to->v, c, &to->out[0]);
+    if (to->b->lo)
+        interleave(to->b->lo, to->b->stride, to->v, c, &to->out[1]);
 }
 
-/* Two neighbouring tiles [16 rows][16 dims] of two groups. */
-AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, int parts, int chunks, coming *next, bool first, float *o0, float *o1)
+/* Two neighbouring tiles [16 rows][16 dims] of two groups. Between the products the strip ahead (unless NULL) is interleaved:
+ * the shuffles run under the tiles, and its stores are done when its turn comes. */
+AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, int parts, int chunks, const columns *ahead, coming *next, bool first, float *o0, float *o1)
 {
     if (first) {
         _tile_zero(0);
@@ -378,6 +383,8 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
         _tile_loadd(3, o1 + TILE * TILE, 64);
     }
     for (int k = 0; k < chunks; k++) {
+        if (ahead)
+            interleave_chunk(ahead, k);
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
         for (int part = PARTS - 1; part >= 0; part--) {
@@ -405,7 +412,7 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
 }
 
 /* The same of one group. */
-AMX static void sum_single(const weights *w, const strip *c, int parts, int chunks, coming *next, bool first, float *o)
+AMX static void sum_single(const weights *w, const strip *c, int parts, int chunks, const columns *ahead, coming *next, bool first, float *o)
 {
     if (first) {
         _tile_zero(0);
@@ -415,6 +422,8 @@ AMX static void sum_single(const weights *w, const strip *c, int parts, int chun
         _tile_loadd(1, o + TILE * TILE, 64);
     }
     for (int k = 0; k < chunks; k++) {
+        if (ahead)
+            interleave_chunk(ahead, k);
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
         prefetch(next);
@@ -446,20 +455,22 @@ AMX static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int6
         memset(probability + keys * TILE, 0, (size_t)(chunks * DEPTH - keys) * TILE * sizeof(float));
         pack_weights(probability, chunks, &w.weight[g]);
     }
-    /* One strip ahead of the products, so that its stores are done when its tiles are loaded. */
     int64_t strips = p->R / DEPTH;
-    interleave_strip(&b, 0, chunks, next, w.strip);
+    columns ahead = {&b, 0, w.strip};
+    for (int k = 0; k < chunks; k++)
+        interleave_chunk(&ahead, k);
     for (int64_t v = 0; v < strips; v++) {
-        if (v + 1 < strips)
-            interleave_strip(&b, v + 1, chunks, next, w.strip + (v + 1) % 2 * parts);
-        STORES_DONE();
         const strip *now = w.strip + v % 2 * parts;
-        float *column = o + 2 * v * TILE * TILE;
-        int64_t g = 0;
-        for (; g + 2 <= groups; g += 2)
-            sum_pair(&w.weight[g], &w.weight[g + 1], now, parts, chunks, next, first, column + g * TILE * p->R, column + (g + 1) * TILE * p->R);
-        if (g < groups)
-            sum_single(&w.weight[g], now, parts, chunks, next, first, column + g * TILE * p->R);
+        ahead = (columns){&b, v + 1, w.strip + (v + 1) % 2 * parts};
+        STORES_DONE();
+        for (int64_t g = 0; g < groups; g += 2) {
+            const columns *to = g == 0 && v + 1 < strips ? &ahead : NULL;
+            float *o0 = o + (g * p->R + 2 * v * TILE) * TILE, *o1 = o0 + TILE * p->R;
+            if (g + 2 <= groups)
+                sum_pair(&w.weight[g], &w.weight[g + 1], now, parts, chunks, to, next, first, o0, o1);
+            else
+                sum_single(&w.weight[g], now, parts, chunks, to, next, first, o0);
+        }
     }
 }
 
