@@ -131,7 +131,7 @@ fuzz:
 	@BUILD=build-fuzz sh tests/fuzz/run.sh $(FUZZ_SECONDS) $(patsubst $(BUILD)/%,build-fuzz/%,$(FUZZERS))
 
 .PHONY: fuzzers
-fuzzers: override CFLAGS += -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+fuzzers: override CFLAGS += -O1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
 fuzzers: $(FUZZERS)
 $(BUILD)/fuzz/%: tests/fuzz/%.c $(BUILD)/libkl.a
 	@mkdir -p $(@D)
