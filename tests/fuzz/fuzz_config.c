@@ -28,8 +28,8 @@ static void try_options(char *text)
         if ((end = strchr(line, '\n')))
             *end++ = '\0';
         (void)kl_config_set(&c, line);
-        check(&c);
     }
+    check(&c);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
