@@ -16,6 +16,7 @@ typedef struct kl_cache {
     void **latent;              /* [layers] -> [slots,capacity,R+Dr]; NULL for KDA layers */
     void *memory;               /* the one block behind all of them; pages never written cost nothing */
     size_t bytes;               /* of that block: slots times kl_cache_bytes */
+    uint64_t model;             /* identity of the model that fills it; 0: none has yet */
     uint64_t *written;          /* [slots,capacity] which write put each token there: how a mark tells its tokens from others */
     uint64_t writes;            /* so far */
 } kl_cache;

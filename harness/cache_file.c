@@ -1,7 +1,7 @@
 /* One slot of a cache to and from a file.
  *
- *     header    magic, version, byte order, layout tag, fingerprint of the configuration, tokens, bytes of each kind of
- *               part, checksum of the payload, checksum of the header before it
+ *     header    magic, version, byte order, layout tag, fingerprint of the configuration, identity of the model, tokens,
+ *               bytes of each kind of part, checksum of the payload, checksum of the header before it
  *     payload   the parts in the order of kl_cache_each_part
  *
  * Checksums follow 64-bit FNV-1a, eight bytes at a time, the rest byte by byte. */
@@ -26,7 +26,7 @@ typedef struct header {
     char magic[8];
     uint32_t version, order;
     char layout[TAG];
-    uint64_t fingerprint;
+    uint64_t fingerprint, model;
     int64_t length;
     uint64_t bytes[KL_PARTS];
     uint64_t payload_sum, header_sum;
@@ -104,6 +104,7 @@ kl_status kl_cache_save(const kl_cache *cache, int64_t slot, const char *path)
     h.order = BYTE_ORDER_MARK;
     layout_tag(cache, h.layout);
     h.fingerprint = kl_model_fingerprint(&cache->config);
+    h.model = cache->model;
     h.length = length;
     memcpy(h.bytes, t.bytes, sizeof h.bytes);
     h.payload_sum = t.sum;
@@ -142,6 +143,9 @@ static kl_status check_header(const kl_cache *cache, const header *h, size_t siz
     if (h->fingerprint != kl_model_fingerprint(&cache->config))
         BAD("%s: expected a cache of this model's configuration (fingerprint %016llx), got another's (%016llx)", name,
             (unsigned long long)kl_model_fingerprint(&cache->config), (unsigned long long)h->fingerprint);
+    if (cache->model && h->model && cache->model != h->model)
+        BAD("%s: expected a cache of this model (%016llx), got one of another model of the same configuration (%016llx)", name,
+            (unsigned long long)cache->model, (unsigned long long)h->model);
     if (h->length < 0 || h->length > cache->capacity)
         BAD("%s: expected at most %lld tokens, the cache's capacity, got %lld", name, (long long)cache->capacity, (long long)h->length);
     tally t = {.sum = 0};
@@ -199,6 +203,8 @@ kl_status kl_cache_load_memory(kl_cache *cache, int64_t slot, const void *bytes,
     const char *from = (const char *)bytes + sizeof h;
     kl_cache_each_part(cache, slot, h.length, read_part, &from);
     kl_cache_replace(cache, slot, h.length);
+    if (h.model)
+        cache->model = h.model;
     return kl_ok();
 }
 

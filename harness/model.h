@@ -21,6 +21,7 @@ typedef struct kl_model {
     size_t workspace_bytes;
     int64_t *index;           /* host memory: positions and rows of the current call's tokens */
     size_t index_count;
+    uint64_t identity;        /* of configuration and weights: whose caches these are; 0: to be computed */
     float *unit_taps;         /* [P] ones, when the model has no short convolution */
 } kl_model;
 

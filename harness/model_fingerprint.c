@@ -1,4 +1,5 @@
-/* One number for everything in a configuration that decides what a model's numbers mean; not the type they are stored in. */
+/* Numbers that tell models apart: one for everything in a configuration that decides what the weights mean (not the type they are
+ * stored in), one for the weights themselves. */
 #include <string.h>
 
 #include "harness/model_internal.h"
@@ -33,4 +34,23 @@ uint64_t kl_model_fingerprint(const kl_config *c)
     s = fnv_int(s, c->topk_group), s = fnv_int(s, c->router_kind), s = fnv_int(s, c->moe_renormalize);
     s = fnv_int(s, c->moe_biased_weights), s = fnv_float(s, c->routed_scaling_factor);
     return s;
+}
+
+/* Vectors whole, the first row of matrices outside the experts: enough to differ between any two trainings, little to read. */
+static kl_status add_weights(void *user, const kl_param_info *info, kl_param *p)
+{
+    uint64_t *sum = user;
+    if (info->expert < 0 && p->data)
+        *sum = fnv(*sum, p->data, (size_t)p->columns * kl_dtype_size(p->dtype));
+    return kl_ok();
+}
+
+kl_status kl_model_identify(kl_model *m)
+{
+    if (m->identity)
+        return kl_ok();
+    uint64_t sum = kl_model_fingerprint(&m->config);
+    KL_TRY(kl_weights_each(&m->config, &m->weights, add_weights, &sum));
+    m->identity = sum ? sum : 1;
+    return kl_ok();
 }

@@ -90,6 +90,10 @@ kl_status kl_call_begin(kl_call *c, kl_model *m, const kl_batch *batch, kl_cache
                    .position = m->index, .row = m->index + T, .kv_start = m->index + 2 * T, .kv_len = m->index + 2 * T + N};
     if (cache) {
         KL_TRY(kl_cache_matches(cache, &m->config));
+        KL_TRY(kl_model_identify(m));
+        KL_REQUIRE(!cache->model || cache->model == m->identity,
+                   "cache: expected one that this model filled (%016llx), got another's of the same configuration (%016llx)",
+                   (unsigned long long)m->identity, (unsigned long long)cache->model);
         KL_TRY(check_slots(batch, cache, c->kv_start));
     }
     KL_TRY(check_lengths(m, batch, cache));
@@ -265,8 +269,10 @@ kl_status kl_model_forward(kl_model *m, const kl_batch *batch, kl_cache *cache, 
         KL_TRY(kl_layer_forward(&c, l, b.x, &b.acts, b.x));
     }
     KL_TRY(finish(&c, &b, out));
-    if (cache)
-        for (int64_t n = 0; n < c.N; n++)
-            kl_cache_advance(cache, slot_of(batch, n), c.cu[n + 1] - c.cu[n]);
+    if (!cache)
+        return kl_ok();
+    cache->model = m->identity;
+    for (int64_t n = 0; n < c.N; n++)
+        kl_cache_advance(cache, slot_of(batch, n), c.cu[n + 1] - c.cu[n]);
     return kl_ok();
 }

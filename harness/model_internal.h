@@ -90,6 +90,9 @@ kl_status kl_call_begin(kl_call *c, kl_model *m, const kl_batch *batch, kl_cache
 /* Files of another model are told by it: cache files, training states. */
 uint64_t kl_model_fingerprint(const kl_config *c);
 
+/* Fills m->identity, which is 0 until it is needed and after the weights have changed. */
+kl_status kl_model_identify(kl_model *m);
+
 /* Makes the workspace at least that large; its content may be lost. */
 kl_status kl_model_reserve(kl_model *m, size_t bytes);
 

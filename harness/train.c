@@ -271,5 +271,6 @@ kl_status kl_train(kl_model *m, const kl_train_options *options)
     if (!kl_failed(s))
         s = loop(&r);
     close_run(&r);
+    m->identity = 0;
     return s;
 }

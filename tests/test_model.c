@@ -755,6 +755,42 @@ static void bad_arguments_are_named(void **state)
     kl_ctx_destroy(ctx);
 }
 
+/* Same configuration, other weights: their caches must not meet, neither directly nor through a file. */
+static void caches_of_other_weights_are_refused(void **state)
+{
+    (void)state;
+    kl_ctx *ctx = make_ctx(1);
+    kl_config c = variant_config(0);
+    kl_model *a = random_model(ctx, &c, 1), *b = random_model(ctx, &c, 2), *again = random_model(ctx, &c, 1);
+    kl_cache *cache[3];
+    int32_t ids[] = {1, 2, 3, 4};
+    int64_t cu[] = {0, 4};
+    kl_batch batch = {.N = 1, .cu = cu, .ids = ids};
+    for (int i = 0; i < 3; i++)
+        OK(kl_cache_create(&cache[i], &c, 1, 20));
+    OK(kl_model_forward(a, &batch, cache[0], NULL));
+    OK(kl_model_forward(again, &batch, cache[0], NULL));
+    REFUSED(kl_model_forward(b, &batch, cache[0], NULL), KL_EINVAL, "cache");
+    assert_int_equal(cache[0]->length[0], 8);
+    char dir[256], path[300];
+    make_dir(dir);
+    snprintf(path, sizeof path, "%s/cache", dir);
+    OK(kl_cache_save(cache[0], 0, path));
+    OK(kl_model_forward(b, &batch, cache[1], NULL));
+    REFUSED(kl_cache_load(cache[1], 0, path), KL_EFORMAT, "another model");
+    assert_int_equal(cache[1]->length[0], 4);
+    OK(kl_cache_load(cache[2], 0, path));
+    REFUSED(kl_model_forward(b, &batch, cache[2], NULL), KL_EINVAL, "cache");
+    OK(kl_model_forward(a, &batch, cache[2], NULL));
+    remove_dir(dir);
+    for (int i = 0; i < 3; i++)
+        kl_cache_destroy(cache[i]);
+    kl_model_close(a);
+    kl_model_close(b);
+    kl_model_close(again);
+    kl_ctx_destroy(ctx);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -777,6 +813,7 @@ int main(void)
         cmocka_unit_test(expert_load_counts_every_choice),
         cmocka_unit_test(threads_do_not_change_bits),
         cmocka_unit_test(bad_arguments_are_named),
+        cmocka_unit_test(caches_of_other_weights_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
