@@ -114,15 +114,6 @@ AMX static void end(void)
 
 /* ---- splitting and packing ---- */
 
-/* bf16 bits of 16 floats in the low halves of the words, nearest even; *rest: what they leave. */
-AMX static inline __m512i split(__m512 x, __m512 *rest)
-{
-    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    *rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32((int)0xffff0000))));
-    return _mm512_srli_epi32(rounded, 16);
-}
-
 /* packed[d / 32][part]: word (k, r) holds the dimensions d + 2k and d + 2k + 1 of row r */
 static void pack(const mla_problem *p, const float *rows, void *packed)
 {
@@ -213,6 +204,22 @@ static block block_of(const mla_problem *p, int64_t row, int64_t keys, const scr
     return (block){keys % DEPTH ? copy : mla_latent_at(p, row, 0), NULL, width * 2};
 }
 
+/* 32 floats into bf16 parts, both rounded. */
+AMX static inline void split_row(const float *c, uint16_t *hi, uint16_t *lo)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32((int)0xffff0000);
+    /* words 1, 3 .. 63: the high halves of 32 floats */
+    const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i odd = _mm512_add_epi32(_mm512_set1_epi32(0x00030001), _mm512_mullo_epi32(step, _mm512_set1_epi32(0x00040004)));
+    __m512 x0 = _mm512_loadu_ps(c), x1 = _mm512_loadu_ps(c + TILE);
+    __m512i h0 = _mm512_add_epi32(_mm512_castps_si512(x0), half), h1 = _mm512_add_epi32(_mm512_castps_si512(x1), half);
+    __m512 r0 = _mm512_sub_ps(x0, _mm512_castsi512_ps(_mm512_and_si512(h0, high)));
+    __m512 r1 = _mm512_sub_ps(x1, _mm512_castsi512_ps(_mm512_and_si512(h1, high)));
+    __m512i l0 = _mm512_add_epi32(_mm512_castps_si512(r0), half), l1 = _mm512_add_epi32(_mm512_castps_si512(r1), half);
+    _mm512_storeu_si512(hi, _mm512_permutex2var_epi16(h0, odd, h1));
+    _mm512_storeu_si512(lo, _mm512_permutex2var_epi16(l0, odd, l1));
+}
+
 /* Float rows are split, and a block that is not whole chunks of keys is filled up with zeros. */
 AMX static void copy_block(const mla_problem *p, int64_t row, int64_t keys, scratch *w)
 {
@@ -221,11 +228,8 @@ AMX static void copy_block(const mla_problem *p, int64_t row, int64_t keys, scra
     uint16_t *hi = w->block, *lo = hi + MLA_BLOCK * width;
     if (p->latent_dtype == KL_F32) {
         const float *c = mla_latent_at(p, row, 0);
-        for (size_t i = 0; i < used; i += TILE) { /* used is a multiple of 32 */
-            __m512 rest, ignored;
-            _mm256_storeu_si256((__m256i *)(hi + i), _mm512_cvtepi32_epi16(split(_mm512_loadu_ps(c + i), &rest)));
-            _mm256_storeu_si256((__m256i *)(lo + i), _mm512_cvtepi32_epi16(split(rest, &ignored)));
-        }
+        for (size_t i = 0; i < used; i += DEPTH) /* used is a multiple of DEPTH */
+            split_row(c + i, hi + i, lo + i);
         memset(lo + used, 0, (all - used) * sizeof *lo);
     } else if (padded > keys) {
         memcpy(hi, mla_latent_at(p, row, 0), used * sizeof *hi);
