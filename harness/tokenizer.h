@@ -9,10 +9,12 @@
 
 typedef struct kl_tokenizer kl_tokenizer;
 
-/* dir/tiktoken.model with dir/tokenizer_config.json (special tokens; optional: the released set placed after the
- * ranks) ; a directory without tiktoken.model gives the byte-level fallback: ids 0..255 are bytes. */
+/* dir/tiktoken.model with the special tokens that dir/tokenizer_config.json lists in added_tokens_decoder. Without that
+ * list: after 163,584 ranks the 256 released ones, after any other number [BOS] [EOS] <|im_end|> <|im_user|> <|im_assistant|>
+ * <|im_system|> <|im_middle|> [UNK] [PAD] in this order. Ids between them that nothing names are <|reserved_token_ID|>.
+ * A directory without tiktoken.model gives the byte-level fallback: ids 0..255 are bytes, then the nine. */
 kl_status kl_tokenizer_open(kl_tokenizer **t, const char *dir);
-kl_status kl_tokenizer_open_memory(kl_tokenizer **t, const char *model, size_t size); /* no specials but the default set */
+kl_status kl_tokenizer_open_memory(kl_tokenizer **t, const char *model, size_t size); /* with the default specials */
 kl_status kl_tokenizer_bytes(kl_tokenizer **t);
 void kl_tokenizer_close(kl_tokenizer *t);
 /* These special tokens and no others from now on: names are copied; ids are distinct, not below the number of ranks. */
@@ -38,7 +40,8 @@ typedef struct kl_message {
 kl_status kl_chat_render(const kl_message *messages, int count, bool add_generation_prompt, char **text);
 
 /* Learn a vocabulary of `size` ranks (>= 256) by byte-pair encoding over text split by the same pattern; writes path in
- * tiktoken format, atomically. Ties: the pair that is smaller as bytes. */
+ * tiktoken format, atomically. Ties: the pair whose first part, then second part, is smaller as bytes. Refuses a text that
+ * has fewer pairs seen twice than that. */
 kl_status kl_tokenizer_train(const char *text, size_t length, int64_t size, const char *path);
 
 #endif

@@ -12,7 +12,7 @@ for program in "$@"; do
     mkdir -p "$corpus" "$artifacts"
     cp "tests/fuzz/corpus/${name#fuzz_}"/* "$corpus"/ 2>/dev/null
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 LSAN_OPTIONS="suppressions=tests/lsan.supp:print_suppressions=0" \
-        "$program" -max_total_time="$seconds" -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10 -max_len=16384 \
+        "$program" -max_total_time="$seconds" -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=60 -max_len=16384 \
         -artifact_prefix="$artifacts" -print_final_stats=1 "$corpus" >"$program.log" 2>&1
     status=$?
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$program.log")
