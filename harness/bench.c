@@ -1,6 +1,6 @@
 #include "harness/bench.h"
 
-#include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "harness/reference_variants.h"
@@ -80,20 +80,6 @@ static kl_status prepare(kl_bench *b, kl_family family, const kl_shape *s, kl_be
     return kl_ok();
 }
 
-typedef struct call {
-    kl_ctx *ctx;
-    const kl_case *c;
-    const kl_variant *variant;
-    kl_pass pass;
-    kl_scratch *scratch;
-} call;
-
-static kl_status one_call(void *user)
-{
-    call *k = user;
-    return kl_case_call(k->ctx, k->c, k->variant, k->pass, k->scratch);
-}
-
 /* The reference's own time is taken only where it runs on the whole problem. */
 static bool wanted_variant(const kl_bench *b, const kl_variant *v, bool reduced)
 {
@@ -128,94 +114,137 @@ static kl_shape actual_shape(const kl_case *c, kl_shape s)
     return s;
 }
 
-static kl_status measure(kl_bench *b, const kl_variant *v, kl_case *timed, kl_case *scored, int64_t err_T, const kl_shape *shape,
-                         kl_bench_pass pass, double *median)
+/* One variant at one shape, on its way to a row. */
+enum { ENTRIES = 32, SAMPLES = 1000, ROUNDS = 10 };
+typedef struct entry {
+    const kl_variant *variant;
+    kl_case *timed, *scored;
+    kl_shape shape;
+    kl_bench_row row;
+    double sample[SAMPLES];
+    int taken, wanted;
+} entry;
+
+typedef struct entries {
+    kl_pass half;
+    int count;
+    entry e[ENTRIES];
+} entries;
+
+static kl_status time_one(kl_bench *b, const entry *e, kl_pass half, double *seconds)
 {
-    kl_pass half = pass == KL_BENCH_BWD ? KL_BACKWARD : KL_FORWARD;
-    kl_shape actual = actual_shape(timed, *shape);
-    kl_bench_row row = {.family = v->family, .variant = v->name, .pass = pass, .shape = &actual, .err_T = err_T};
-    bool kda = timed->family == KL_FAMILY_KDA || timed->family == KL_FAMILY_DPLR;
-    row.gate = kda ? kl_regime_name(b->regime) : NULL;
-    row.memory_gbps = kda ? b->ceilings.copy_gbps : b->ceilings.read_gbps;
-    row.memory_name = kda ? "copy" : "read";
-    KL_TRY(kl_case_run(b->ctx, scored, v, half, &b->scratch));
-    row.err = kl_case_worst(scored, half, NULL);
-    row.err_limit = half == KL_BACKWARD ? scored->tolerance.gradient : scored->tolerance.forward;
-    KL_TRY(kl_scratch_for(&b->scratch, b->ctx, v, timed, half));
-    call k = {b->ctx, timed, v, half, &b->scratch};
-    KL_TRY(kl_bench_time(b, one_call, &k, &row.seconds));
-    row.cost = v->cost(&timed->problem, half);
-    row.workspace_bytes = b->scratch.bytes;
-    row.peak_bytes = timed->bytes + b->scratch.bytes;
-    *median = row.seconds.median;
-    return kl_bench_emit(b, &row);
+    KL_TRY(kl_scratch_for(&b->scratch, b->ctx, e->variant, e->timed, half));
+    double start = kl_now();
+    KL_TRY(kl_case_call(b->ctx, e->timed, e->variant, half, &b->scratch));
+    *seconds = kl_now() - start;
+    return kl_ok();
 }
 
-/* Medians that the ratios at the end are made of; 0: not measured. */
-typedef struct medians {
-    double recurrent, chunk, general;
-} medians;
-
-static kl_status bench_variants(kl_bench *b, const kl_variant *reference, const kl_variant *list, int count, kl_case *timed, kl_case *scored,
-                                const measured *m, const kl_shape *shape, kl_bench_pass pass, medians *out)
+/* Its error, its first call, and how many timed calls shall follow. */
+static kl_status enter(kl_bench *b, entries *all, const kl_variant *v, kl_case *timed, kl_case *scored, int64_t err_T, const kl_shape *shape, kl_bench_pass pass)
 {
-    kl_pass half = pass == KL_BENCH_BWD ? KL_BACKWARD : KL_FORWARD;
+    kl_pass half = all->half;
+    KL_REQUIRE(all->count < ENTRIES, "bench: more than %d variants of a family", ENTRIES);
+    entry *e = &all->e[all->count];
+    bool kda = timed->family == KL_FAMILY_KDA || timed->family == KL_FAMILY_DPLR;
+    *e = (entry){.variant = v, .timed = timed, .scored = scored, .shape = actual_shape(timed, *shape)};
+    KL_TRY(kl_case_run(b->ctx, scored, v, half, &b->scratch));
+    e->row = (kl_bench_row){.family = v->family, .variant = v->name, .gate = kda ? kl_regime_name(b->regime) : NULL, .pass = pass,
+                            .memory_gbps = kda ? b->ceilings.copy_gbps : b->ceilings.read_gbps, .memory_name = kda ? "copy" : "read",
+                            .err = kl_case_worst(scored, half, NULL), .err_T = err_T,
+                            .err_limit = half == KL_BACKWARD ? scored->tolerance.gradient : scored->tolerance.forward};
+    double warm;
+    KL_TRY(time_one(b, e, half, &warm));
+    e->wanted = kl_bench_runs(b, warm);
+    e->row.cost = v->cost(&timed->problem, half);
+    e->row.workspace_bytes = b->scratch.bytes;
+    e->row.peak_bytes = timed->bytes + b->scratch.bytes;
+    all->count++;
+    return kl_ok();
+}
+
+static kl_status enter_family(kl_bench *b, entries *all, kl_family family, kl_case *timed, kl_case *scored, const measured *m, const kl_shape *shape, kl_bench_pass pass)
+{
+    int count;
+    const kl_variant *list = kl_family_variants(family, &count);
     for (int i = -1; i < count; i++) {
-        const kl_variant *v = i < 0 ? reference : &list[i];
-        double median = 0.0;
-        if (!wanted_variant(b, v, m->reduced) || (half == KL_BACKWARD && !v->backward))
+        const kl_variant *v = i < 0 ? kl_reference_variant(family) : &list[i];
+        if (!wanted_variant(b, v, m->reduced) || (all->half == KL_BACKWARD && !v->backward))
             continue;
-        kl_status s = v->check(&timed->problem, half);
+        kl_status s = v->check(&timed->problem, all->half);
         if (s.code == KL_EUNSUPPORTED) {
             if (!b->quiet)
                 printf("%-6s %-7s %-11s not offered: %s\n", v->family, kl_bench_pass_name(pass), v->name, s.message);
             continue;
         }
         KL_TRY(s);
-        KL_TRY(kl_error_in(measure(b, v, timed, scored, m->err_T, shape, pass, &median), "%s %s", v->family, v->name));
-        if (strcmp(v->name, "recurrent") == 0 && timed->family != KL_FAMILY_DPLR)
-            out->recurrent = median;
-        if (strcmp(v->name, "chunk") == 0)
-            *(timed->family == KL_FAMILY_DPLR ? &out->general : &out->chunk) = median;
+        KL_TRY(kl_error_in(enter(b, all, v, timed, scored, m->err_T, shape, pass), "%s %s", v->family, v->name));
     }
     return kl_ok();
 }
 
-static void print_ratios(const kl_bench *b, kl_family family, const kl_shape *s, kl_bench_pass pass, const measured *m, const medians *t)
+/* The variants take turns, so that what else the machine does falls on all of them alike. */
+static kl_status take_turns(kl_bench *b, entries *all)
+{
+    for (int round = 1; round <= ROUNDS; round++)
+        for (int i = 0; i < all->count; i++)
+            for (entry *e = &all->e[i]; e->taken < (e->wanted * round + ROUNDS - 1) / ROUNDS; e->taken++)
+                KL_TRY(time_one(b, e, all->half, &e->sample[e->taken]));
+    for (int i = 0; i < all->count; i++) {
+        entry *e = &all->e[i];
+        e->row.shape = &e->shape;
+        e->row.seconds = kl_spread_of(e->sample, e->taken);
+        KL_TRY(kl_bench_emit(b, &e->row));
+    }
+    return kl_ok();
+}
+
+/* The median of a variant; 0: not measured. */
+static double median_of(const entries *all, kl_family family, const char *name)
+{
+    for (int i = 0; i < all->count; i++)
+        if (all->e[i].timed->family == family && strcmp(all->e[i].variant->name, name) == 0)
+            return all->e[i].row.seconds.median;
+    return 0.0;
+}
+
+static void print_ratios(const kl_bench *b, kl_family family, const kl_shape *s, kl_bench_pass pass, const measured *m, const entries *all)
 {
     if (b->quiet)
         return;
     const char *name = kl_family_name(family), *how = kl_bench_pass_name(pass);
-    if (t->recurrent > 0.0 && t->chunk > 0.0 && pass != KL_BENCH_DECODE)
-        printf("  %s %s T %lld: chunk is %.2f times as fast as recurrent\n", name, how, (long long)s->T, t->recurrent / t->chunk);
-    if (t->general > 0.0 && t->chunk > 0.0)
-        printf("  %s %s T %lld: chunk is %.2f times as fast as general DPLR in chunks\n", name, how, (long long)s->T, t->general / t->chunk);
-    if (family == KL_FAMILY_MLA && pass == KL_BENCH_DECODE) {
+    double recurrent = median_of(all, family, "recurrent"), chunk = median_of(all, family, "chunk"), general = median_of(all, KL_FAMILY_DPLR, "chunk");
+    if (recurrent > 0.0 && chunk > 0.0 && pass != KL_BENCH_DECODE)
+        printf("  %s %s T %lld: chunk is %.2f times as fast as recurrent\n", name, how, (long long)s->T, recurrent / chunk);
+    if (general > 0.0 && chunk > 0.0)
+        printf("  %s %s T %lld: chunk is %.2f times as fast as general DPLR in chunks\n", name, how, (long long)s->T, general / chunk);
+    if (family == KL_FAMILY_MLA && pass == KL_BENCH_DECODE && recurrent > 0.0) {
         const mla_problem *p = &m->timed.problem.mla;
         double bytes = (double)p->latent_rows * (double)(p->R + p->Dr) * (double)kl_dtype_size(p->latent_dtype);
-        double floor = bytes / (1e9 * b->ceilings.read_gbps), best = t->recurrent > 0.0 ? t->recurrent : t->chunk;
-        if (best > 0.0)
-            printf("  mla decode T %lld H %lld %s: %.2f times the %.1f us that reading its latents takes\n", (long long)s->T, (long long)s->H,
-                   kl_dtype_name(p->latent_dtype), best / floor, 1e6 * floor);
+        double floor = bytes / (1e9 * b->ceilings.read_gbps);
+        printf("  mla decode T %lld H %lld %s: %.2f times the %.1f us that reading its latents takes\n", (long long)s->T, (long long)s->H,
+               kl_dtype_name(p->latent_dtype), recurrent / floor, 1e6 * floor);
     }
 }
 
 static kl_status bench_shape(kl_bench *b, kl_family family, const kl_shape *s, kl_bench_pass pass)
 {
     measured m = {0};
-    medians t = {0};
-    int count;
+    entries *all = calloc(1, sizeof *all);
+    if (!all)
+        return kl_error(KL_ENOMEM, "bench: out of memory");
+    all->half = pass == KL_BENCH_BWD ? KL_BACKWARD : KL_FORWARD;
     kl_status status = prepare(b, family, s, pass, &m);
-    const kl_variant *list = kl_family_variants(family, &count);
     if (!kl_failed(status))
-        status = bench_variants(b, kl_reference_variant(family), list, count, &m.timed, m.reduced ? &m.scored : &m.timed, &m, s, pass, &t);
-    if (!kl_failed(status) && m.general.memory) {
-        list = dplr_variants(&count);
-        status = bench_variants(b, &kl_reference_dplr, list, count, &m.general, m.reduced ? &m.general_scored : &m.general, &m, s, pass, &t);
-    }
+        status = enter_family(b, all, family, &m.timed, m.reduced ? &m.scored : &m.timed, &m, s, pass);
+    if (!kl_failed(status) && m.general.memory)
+        status = enter_family(b, all, KL_FAMILY_DPLR, &m.general, m.reduced ? &m.general_scored : &m.general, &m, s, pass);
     if (!kl_failed(status))
-        print_ratios(b, family, s, pass, &m, &t);
+        status = take_turns(b, all);
+    if (!kl_failed(status))
+        print_ratios(b, family, s, pass, &m, all);
     measured_free(&m);
+    free(all);
     return status;
 }
 

@@ -63,6 +63,8 @@ typedef struct kl_bench_row {
 } kl_bench_row;
 kl_status kl_bench_emit(kl_bench *b, const kl_bench_row *row);
 
+/* How many calls to time when the first one took that long: --runs, or as many as fit a second, at least 3 of a short one. */
+int kl_bench_runs(const kl_bench *b, double warm);
 /* Times calls of fn after one call to warm up. */
 typedef kl_status (*kl_bench_fn)(void *user);
 kl_status kl_bench_time(const kl_bench *b, kl_bench_fn fn, void *user, kl_spread *seconds);

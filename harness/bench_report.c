@@ -9,21 +9,24 @@ const char *kl_bench_pass_name(kl_bench_pass p)
     return (unsigned)p < KL_BENCH_PASSES ? names[p] : "unknown";
 }
 
+int kl_bench_runs(const kl_bench *b, double warm)
+{
+    static const double budget = 1.0;
+    if (b->runs)
+        return b->runs;
+    int fit = warm > budget / 200.0 ? (int)(budget / warm) : 200, least = warm > 2.0 ? 1 : 3;
+    return fit > least ? fit : least;
+}
+
 kl_status kl_bench_time(const kl_bench *b, kl_bench_fn fn, void *user, kl_spread *seconds)
 {
-    enum { MOST = 1000 };
-    static const double budget = 1.0;
-    double sample[MOST], start = kl_now(), spent = 0.0;
+    double sample[1000], start = kl_now();
     KL_TRY(fn(user));
-    double warm = kl_now() - start;
-    int least = warm > 2.0 ? 1 : 3, wanted = b->runs ? b->runs : least, n = 0;
-    if (!b->runs && warm > 0.0 && budget / warm > 3.0)
-        wanted = budget / warm < 200.0 ? (int)(budget / warm) : 200;
-    while (n < wanted && n < MOST && (n < least || b->runs || spent < 2.0 * budget)) {
+    int wanted = kl_bench_runs(b, kl_now() - start), n = 0;
+    for (; n < wanted && n < 1000; n++) {
         start = kl_now();
         KL_TRY(fn(user));
         sample[n] = kl_now() - start;
-        spent += sample[n++];
     }
     *seconds = kl_spread_of(sample, n);
     return kl_ok();

@@ -2,6 +2,7 @@
 
 #include "harness/bench.h"
 #include "harness/cli.h"
+#include "harness/file.h"
 #include "harness/info.h"
 #include "harness/model.h"
 
@@ -153,6 +154,17 @@ static kl_status open_model(const bench_options *o, kl_ctx *ctx, kl_model **m)
     return o->dir ? kl_model_open(m, ctx, o->dir) : kl_model_random(m, ctx, &c, 1);
 }
 
+/* Said before the work is done, not after it. */
+static kl_status can_write(const char *path)
+{
+    kl_writer w;
+    if (!path || strcmp(path, "-") == 0)
+        return kl_ok();
+    KL_TRY(kl_writer_open(&w, path));
+    kl_writer_abandon(&w);
+    return kl_ok();
+}
+
 static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)
 {
     kl_model *m = NULL;
@@ -196,7 +208,9 @@ kl_status cli_bench(const cli_line *line, int argc, char **argv)
     kl_bench b = {.regime = o.regime, .variant = o.variant, .runs = (int)o.runs, .quiet = o.file && strcmp(o.file, "-") == 0};
     KL_TRY(kl_ctx_create(&b.ctx, &o.common.context));
     b.provenance = kl_provenance_now(b.ctx, line->argc, line->argv);
-    kl_status s = bench(&b, &o, d);
+    kl_status s = can_write(o.file);
+    if (!kl_failed(s))
+        s = bench(&b, &o, d);
     kl_lines_free(&b.lines);
     kl_scratch_free(&b.scratch);
     kl_ctx_destroy(b.ctx);

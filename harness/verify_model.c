@@ -60,7 +60,6 @@ static kl_status read_golden(kl_golden_model *g)
     KL_TRY(take_ids(t, c->vocab_size, &g->greedy));
     const kl_tensor *gap = kl_tensors_find(g->file, "greedy_gap");
     int64_t chosen = gap ? kl_tensor_count(gap) : 24;
-    g->gap = gap != NULL;
     KL_REQUIRE(chosen >= 1 && chosen < g->greedy_count, "greedy_gap: expected fewer entries than greedy_ids has");
     g->prompt_count = g->greedy_count - chosen;
     return kl_ok();

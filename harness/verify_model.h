@@ -14,7 +14,6 @@ typedef struct kl_golden_model {
     const float *logits;     /* [rows,T,vocab] */
     int32_t *greedy;         /* [greedy_count] */
     int64_t greedy_count, prompt_count;
-    bool gap;                /* greedy_gap is there: ids after the prompt may differ where it is below 0.15 on bf16 devices */
 } kl_golden_model;
 
 /* Logits, every hidden state, loss and every gradient, under the name of the variants that the model is pinned to. */

@@ -113,6 +113,7 @@ static void shapes_and_regimes(void **state)
     refused("bench kda --pass sideways", "sideways");
     refused("bench kda --variant nonsense", "nonsense");
     refused("bench kda --preset 48b", "model only");
+    refused("bench kda --json /nonexistent/rows", "/nonexistent/rows");
     refused("bench model", "expected a directory or --preset");
 }
 
