@@ -1,12 +1,36 @@
 #include "common/few_rows.h"
 
 #include <stdbool.h>
+#include <string.h>
 
 #include "common/simd.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { ROWS_X = 8, BLOCK_W = 96, PIECE = 128, FETCH_M = 4 };
+/* Rows of X that a block takes at most: as many as its sums find registers for. */
+#ifdef KL_AVX512
+enum { ROWS_X = 8 };
+#else
+enum { ROWS_X = 2 };
+#endif
+enum { BLOCK_W = 96, PIECE = 128, FETCH_M = 4 };
+
+/* The last n < 16 elements of a row, the other lanes 0. */
+#ifdef KL_AVX512
+INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n) { return kl_vload_as(row, type, k, n); }
+#else
+static __attribute__((noinline)) void tail_lanes(float lanes[KL_LANES], const void *row, kl_dtype type, int64_t k, int64_t n)
+{
+    memset(lanes, 0, KL_LANES * sizeof(float));
+    kl_to_f32(lanes, (const char *)row + (size_t)k * kl_dtype_size(type), type, (size_t)n);
+}
+INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n)
+{
+    float lanes[KL_LANES];
+    tail_lanes(lanes, row, type, k, n);
+    return kl_vload(lanes);
+}
+#endif
 
 /* The R rows after these, columns k .. k + PIECE - 1, into the cache: the hardware reads ahead only within a page. */
 INLINE void fetch_next(const int R, const kl_dtype type, const char *W, size_t row_bytes, int64_t k)
@@ -45,10 +69,10 @@ INLINE void block(const int M, const int R, const kl_dtype type, int64_t K, cons
     if (left) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            kl_v w = kl_vload_as(W + (size_t)r * row_bytes, type, whole, left);
+            kl_v w = tail(W + (size_t)r * row_bytes, type, whole, left);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++)
-                sum[m * R + r] += kl_vload_n(X + m * ldx + whole, left) * w;
+                sum[m * R + r] += tail(X + m * ldx, KL_F32, whole, left) * w;
         }
     }
 #pragma GCC unroll 8
@@ -71,30 +95,29 @@ INLINE void rows(const int M, const int R, const kl_dtype type, int64_t N, int64
         block(M, 1, type, K, X, ldx, W + (size_t)n * row_bytes, row_bytes, beta, Y + n, ldy);
 }
 
-/* R so that sums and one operand fit the 32 registers. */
-INLINE void up_to_eight(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
-                        float beta, float *Y, int64_t ldy)
+/* R so that sums and one operand fit the registers. */
+INLINE void up_to_rows_x(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+                         float beta, float *Y, int64_t ldy)
 {
+#define CASE(M, R) case M: rows(M, R, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
     switch (M) {
-    case 1: rows(1, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 2: rows(2, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 3: rows(3, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 4: rows(4, 5, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 5: rows(5, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 6: rows(6, 4, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 7: rows(7, 3, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
-    case 8: rows(8, 3, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
+#ifdef KL_AVX512
+        CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 5) CASE(5, 4) CASE(6, 4) CASE(7, 3) CASE(8, 3)
+#else
+        CASE(1, 4) CASE(2, 2)
+#endif
     }
+#undef CASE
 }
 
-/* A block of W comes from memory for the first eight rows of X and from the cache for the others. */
+/* A block of W comes from memory for the first rows of X and from the cache for the others. */
 INLINE void of_type(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
                     float beta, float *Y, int64_t ldy)
 {
     int64_t step = M <= ROWS_X ? N : BLOCK_W;
     for (int64_t n = 0; n < N; n += step)
         for (int64_t m = 0; m < M; m += ROWS_X)
-            up_to_eight(type, M - m < ROWS_X ? M - m : ROWS_X, N - n < step ? N - n : step, K, X + m * ldx, ldx, W + (size_t)n * row_bytes,
+            up_to_rows_x(type, M - m < ROWS_X ? M - m : ROWS_X, N - n < step ? N - n : step, K, X + m * ldx, ldx, W + (size_t)n * row_bytes,
                         row_bytes, beta, Y + m * ldy + n, ldy);
 }
 
