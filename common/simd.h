@@ -33,13 +33,13 @@ static inline kl_v kl_vload(const float *p) { return *(const kl_v_unaligned *)p;
 static inline void kl_vstore(float *p, kl_v x) { *(kl_v_unaligned *)p = x; }
 static inline kl_v kl_vset(float x) { return x - (kl_v){0}; }
 
-/* The first n < 16 elements; the others read as 0 and are never touched in memory. */
+/* The first n <= 16 elements; the others read as 0 and are never touched in memory. */
 #ifdef KL_AVX512
 static inline kl_v kl_vload_n(const float *p, int64_t n) { return (kl_v)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 static inline void kl_vstore_n(float *p, kl_v x, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x); }
-static inline kl_vh kl_vload_half_n(const uint16_t *p, int64_t n) { return (kl_vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); } /* n = 16 is fine here too */
+static inline kl_vh kl_vload_half_n(const uint16_t *p, int64_t n) { return (kl_vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); }
 #else
-/* n < 16 elements by powers of two: copies of a fixed size are single instructions. */
+/* n <= 16 elements by powers of two: copies of a fixed size are single instructions. */
 static inline void kl_copy_n(char *to, const char *from, int64_t n, size_t element)
 {
 #define KL_COPY(power)                                                      \
@@ -48,7 +48,7 @@ static inline void kl_copy_n(char *to, const char *from, int64_t n, size_t eleme
         to += (power) * element;                                            \
         from += (power) * element;                                          \
     }
-    KL_COPY(8) KL_COPY(4) KL_COPY(2) KL_COPY(1)
+    KL_COPY(16) KL_COPY(8) KL_COPY(4) KL_COPY(2) KL_COPY(1)
 #undef KL_COPY
 }
 static inline kl_v kl_vload_n(const float *p, int64_t n)
@@ -126,7 +126,7 @@ static inline float kl_vmax_lane(kl_v x)
     return lane[0];
 }
 
-/* e^x within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, then scale e^r by 2^n. Below -104 the result is 0, above 88.7
+/* e^x within 1.2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, then scale e^r by 2^n. Below -104 the result is 0, above 88.7
  * infinity; NaN stays NaN. */
 
 /* e^r = 1 + r + r^2 q(r); q of degree 4 meets its function at the Chebyshev points of the interval: 1.1e-8 at most. */

@@ -199,7 +199,7 @@ static double ulps(float got, double expected)
     return fabs((double)got - expected) / ldexp(1.0, exponent - 24 < -149 ? -149 : exponent - 24);
 }
 
-static void test_exp_within_two_ulps(void **state)
+static void test_exp_within_its_bound(void **state)
 {
     (void)state;
     double worst = 0.0;
@@ -213,7 +213,7 @@ static void test_exp_within_two_ulps(void **state)
             worst = fmax(worst, ulps(y[j], exp((double)lane[j])));
     }
     print_message("kl_vexp: at most %.3f ulp\n", worst);
-    assert_true(worst <= 2.0);
+    assert_true(worst <= 1.2);
 }
 
 static float exp_of(float x)
@@ -247,7 +247,7 @@ static void test_exp_at_its_ends(void **state)
 static void test_partial_loads_and_stores(void **state)
 {
     (void)state;
-    for (int64_t n = 0; n < KL_LANES; n++) {
+    for (int64_t n = 0; n <= KL_LANES; n++) {
         float *exact = malloc((size_t)n * 4 + 1); /* nothing behind it: a sanitizer sees a read past the end */
         float lane[KL_LANES], stored[KL_LANES];
         for (int64_t i = 0; i < n; i++)
@@ -489,7 +489,7 @@ int main(void)
         cmocka_unit_test(test_philox_known_answers),
         cmocka_unit_test(test_streams),
         cmocka_unit_test(test_distributions),
-        cmocka_unit_test(test_exp_within_two_ulps),
+        cmocka_unit_test(test_exp_within_its_bound),
         cmocka_unit_test(test_exp_at_its_ends),
         cmocka_unit_test(test_partial_loads_and_stores),
         cmocka_unit_test(test_loads_in_the_stored_type),
