@@ -26,9 +26,13 @@ kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p)
 {
     int64_t C = kda_chunk_tokens(p), Kp = kl_tile_pad(p->K), Vp = kl_tile_pad(p->V);
     kda_chunk x;
-    float **keys[] = {&x.q, &x.k, &x.decay, &x.qg, &x.kg, &x.ke, &x.level.factor, &x.level.left, &x.level.right0, &x.level.right1};
+    float **keys[] = {&x.q, &x.k, &x.decay, &x.qg, &x.kg, &x.ke, &x.level.factor};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         *keys[i] = KL_TAKE(a, float, C * kda_leading(Kp));
+    /* The levels are done before kg, qg and ke are made, and again (backward) after they were used. */
+    x.level.left = x.kg;
+    x.level.right0 = x.qg;
+    x.level.right1 = x.ke;
     x.level.across = KL_TAKE(a, float, Kp * (C / 2));
     x.whole = KL_TAKE(a, float, Kp);
     x.beta = KL_TAKE(a, float, C);
@@ -65,23 +69,22 @@ void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x)
 void kda_chunk_prepare(const kda_panel *w, int64_t count, kda_chunk *x)
 {
     kda_tokens t = {count, w->Kp, w->Kl, x->decay};
-    int64_t C = w->C;
-    kda_to_end(t, x->k, x->ke, x->whole);
-    kda_from_start(t, x->q, w->p->no_delta ? NULL : x->k, x->qg, x->kg);
     const float *k_rows = w->p->no_delta ? NULL : x->k;
-    kda_off_diagonal(t, x->q, k_rows, x->k, x->Aqk, x->Akk, C, &x->level);
-    kda_diagonal(t, x->q, k_rows, x->k, x->Aqk, x->Akk, C);
+    kda_off_diagonal(t, x->q, k_rows, x->k, x->Aqk, x->Akk, w->C, &x->level);
+    kda_diagonal(t, x->q, k_rows, x->k, x->Aqk, x->Akk, w->C);
+    kda_from_start(t, x->q, k_rows, x->qg, x->kg);
+    kda_to_end(t, x->k, x->ke, x->whole);
 }
 
 void kda_chunk_prepare_write(const kda_panel *w, int64_t count, kda_chunk *x)
 {
     kda_tokens t = {count, w->Kp, w->Kl, x->decay};
+    if (!w->p->no_delta) {
+        kda_off_diagonal(t, x->k, NULL, x->k, x->Akk, NULL, w->C, &x->level);
+        kda_diagonal(t, x->k, NULL, x->k, x->Akk, NULL, w->C);
+        kda_from_start(t, x->k, NULL, x->kg, NULL);
+    }
     kda_to_end(t, x->k, x->ke, x->whole);
-    if (w->p->no_delta)
-        return;
-    kda_from_start(t, x->k, NULL, x->kg, NULL);
-    kda_off_diagonal(t, x->k, NULL, x->k, x->Akk, NULL, w->C, &x->level);
-    kda_diagonal(t, x->k, NULL, x->k, x->Akk, NULL, w->C);
 }
 
 void kda_chunk_take_state(const kda_panel *w, float *S, bool written, kda_chunk *x)
@@ -131,7 +134,7 @@ void kda_chunk_write(const kda_panel *w, int64_t count, kda_chunk *x, float *S)
     int64_t Kp = w->Kp, Kl = w->Kl, Vp = w->Vp, padded = kl_tile_pad(count);
     /* S <- Diag(P(-1->end)) S + ke^T u */
     if (w->split) {
-        float *across = x->level.left; /* ke^T [Kp,padded] */
+        float *across = x->kg; /* ke^T [Kp,padded]; kg has been read */
         memset(x->ke + count * Kl, 0, (size_t)((padded - count) * Kl) * sizeof(float));
         kl_tile_transpose(padded, Kp, x->ke, Kl, across, padded);
         kl_split_left(Kp, padded, 1.0f, across, padded, x->rows);
