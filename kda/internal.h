@@ -1,5 +1,5 @@
 /* What the files of the family share: the problem's defaults resolved, and the functions behind the
- * rows of the variant table. Not installed for callers. */
+ * rows of the variant table. No part of the contract. */
 #ifndef KL_KDA_INTERNAL_H
 #define KL_KDA_INTERNAL_H
 
