@@ -9,6 +9,14 @@ int64_t mla_absorb_scratch(const mla_problem *p)
     return p->weight_dtype == KL_F32 ? 0 : mla_max(p->Dn * COLUMNS, p->R * OUTPUTS);
 }
 
+static inline void store(float *p, kl_v x, int64_t n)
+{
+    if (n == KL_LANES)
+        kl_vstore(p, x);
+    else
+        kl_vstore_n(p, x, n);
+}
+
 /* out[0..columns) = scale sum_d q[d] w[d][0..columns) */
 static void vector_matrix(const float *q, int64_t Dn, const float *w, int64_t ldw, int64_t columns, float scale, float *out)
 {
@@ -25,8 +33,8 @@ static void vector_matrix(const float *q, int64_t Dn, const float *w, int64_t ld
         int64_t size = mla_min(KL_LANES, columns - c);
         kl_v sum = {0};
         for (int64_t d = 0; d < Dn; d++)
-            sum += q[d] * kl_vload_n(w + d * ldw + c, size);
-        kl_vstore_n(out + c, sum * scale, size);
+            sum += q[d] * kl_vload_as(w + d * ldw, KL_F32, c, size);
+        store(out + c, sum * scale, size);
     }
 }
 
@@ -73,7 +81,7 @@ static float dot(const float *a, const float *b, int64_t n)
     }
     for (; i < n; i += KL_LANES) {
         int64_t size = mla_min(KL_LANES, n - i);
-        even += kl_vload_n(a + i, size) * kl_vload_n(b + i, size);
+        even += kl_vload_as(a, KL_F32, i, size) * kl_vload_as(b, KL_F32, i, size);
     }
     return kl_vsum(even + odd);
 }
