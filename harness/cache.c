@@ -21,7 +21,8 @@ static size_t tail_count(const kl_config *c)
     return c->conv_width > 1 ? (size_t)(c->kda_heads * c->kda_head_dim * (c->conv_width - 1)) : 0;
 }
 static size_t row_count(const kl_config *c) { return (size_t)(c->kv_lora_rank + c->qk_rope_head_dim); }
-static kl_dtype latent_type(const kl_config *c) { return c->dtype == KL_BF16 ? KL_BF16 : KL_F32; }
+/* Of what is kept of the tokens themselves: latents and convolution tails. */
+static kl_dtype kept_type(const kl_config *c) { return c->dtype == KL_BF16 ? KL_BF16 : KL_F32; }
 
 static size_t layers_of(const kl_config *c, kl_mixer mixer)
 {
@@ -36,8 +37,8 @@ size_t kl_cache_bytes(const kl_config *c, int64_t capacity, size_t *kda_state, s
     bool overflow = capacity < 0;
     size_t kda = layers_of(c, KL_MIX_KDA), mla = layers_of(c, KL_MIX_MLA);
     size_t states = kl_mul(kda, kl_mul(state_count(c), sizeof(float), &overflow), &overflow);
-    size_t tails = kl_mul(kda, kl_mul(3 * tail_count(c), sizeof(float), &overflow), &overflow);
-    size_t rows = kl_mul(mla, kl_mul((size_t)capacity, row_count(c) * kl_dtype_size(latent_type(c)), &overflow), &overflow);
+    size_t tails = kl_mul(kda, kl_mul(3 * tail_count(c), kl_dtype_size(kept_type(c)), &overflow), &overflow);
+    size_t rows = kl_mul(mla, kl_mul((size_t)capacity, row_count(c) * kl_dtype_size(kept_type(c)), &overflow), &overflow);
     if (overflow)
         states = tails = rows = SIZE_MAX;
     if (kda_state)
@@ -64,16 +65,16 @@ static void lay_out(kl_cache *cache)
     const kl_config *c = &cache->config;
     size_t slots = (size_t)cache->slots;
     char *at = cache->memory;
-    for (int64_t l = 0; l < c->num_layers; l++) {
-        if (c->mixer[l] != KL_MIX_KDA)
-            continue;
-        cache->kda_state[l] = (float *)at;
-        at += slots * state_count(c) * sizeof(float);
-        if (tail_count(c)) {
-            cache->conv_tail[l] = (float *)at;
-            at += slots * 3 * tail_count(c) * sizeof(float);
+    for (int64_t l = 0; l < c->num_layers; l++)
+        if (c->mixer[l] == KL_MIX_KDA) {
+            cache->kda_state[l] = (float *)at;
+            at += slots * state_count(c) * sizeof(float);
         }
-    }
+    for (int64_t l = 0; l < c->num_layers; l++)
+        if (c->mixer[l] == KL_MIX_KDA && tail_count(c)) {
+            cache->conv_tail[l] = at;
+            at += slots * 3 * tail_count(c) * kl_dtype_size(cache->tail_dtype);
+        }
     for (int64_t l = 0; l < c->num_layers; l++)
         if (c->mixer[l] == KL_MIX_MLA) {
             cache->latent[l] = at;
@@ -103,7 +104,7 @@ kl_status kl_cache_create(kl_cache **out, const kl_config *c, int64_t slots, int
     cache->config = *c;
     cache->slots = slots;
     cache->capacity = capacity;
-    cache->latent_dtype = latent_type(c);
+    cache->latent_dtype = cache->tail_dtype = kept_type(c);
     cache->bytes = bytes;
     cache->length = calloc((size_t)slots, sizeof *cache->length);
     cache->kda_state = calloc(L, sizeof *cache->kda_state);
@@ -143,9 +144,11 @@ static float *state_of(const kl_cache *cache, int64_t l, int64_t slot)
 }
 
 /* which: 0 q, 1 k, 2 v. */
-static float *tail_of(const kl_cache *cache, int64_t l, int which, int64_t slot)
+static size_t tail_bytes(const kl_cache *cache) { return tail_count(&cache->config) * kl_dtype_size(cache->tail_dtype); }
+
+static void *tail_of(const kl_cache *cache, int64_t l, int which, int64_t slot)
 {
-    return cache->conv_tail[l] + ((size_t)which * (size_t)cache->slots + (size_t)slot) * tail_count(&cache->config);
+    return (char *)cache->conv_tail[l] + ((size_t)which * (size_t)cache->slots + (size_t)slot) * tail_bytes(cache);
 }
 
 static char *rows_of(const kl_cache *cache, int64_t l, int64_t slot)
@@ -161,7 +164,7 @@ void kl_cache_each_part(const kl_cache *cache, int64_t slot, int64_t length, kl_
             continue;
         fn(user, KL_PART_STATE, state_of(cache, l, slot), state_count(c) * sizeof(float));
         for (int which = 0; which < 3 && cache->conv_tail[l]; which++)
-            fn(user, KL_PART_TAIL, tail_of(cache, l, which, slot), tail_count(c) * sizeof(float));
+            fn(user, KL_PART_TAIL, tail_of(cache, l, which, slot), tail_bytes(cache));
     }
     for (int64_t l = 0; l < c->num_layers; l++)
         if (cache->latent[l])
@@ -223,7 +226,7 @@ kl_status kl_cache_fork(kl_cache *cache, int64_t from, int64_t to)
         if (cache->kda_state[l])
             memcpy(state_of(cache, l, to), state_of(cache, l, from), state_count(c) * sizeof(float));
         for (int which = 0; which < 3 && cache->conv_tail[l]; which++)
-            memcpy(tail_of(cache, l, which, to), tail_of(cache, l, which, from), tail_count(c) * sizeof(float));
+            memcpy(tail_of(cache, l, which, to), tail_of(cache, l, which, from), tail_bytes(cache));
         if (cache->latent[l])
             memcpy(rows_of(cache, l, to), rows_of(cache, l, from), rows);
     }
@@ -322,7 +325,7 @@ kl_status kl_cache_matches(const kl_cache *cache, const kl_config *b)
     if (layers_of(b, KL_MIX_MLA)) {
         SAME(kv_lora_rank, "kv_lora_rank");
         SAME(qk_rope_head_dim, "qk_rope_head_dim");
-        KL_REQUIRE(cache->latent_dtype == latent_type(b), "cache: expected latents in %s, got %s", kl_dtype_name(latent_type(b)),
+        KL_REQUIRE(cache->latent_dtype == kept_type(b), "cache: expected latents in %s, got %s", kl_dtype_name(kept_type(b)),
                    kl_dtype_name(cache->latent_dtype));
     }
     return kl_ok();

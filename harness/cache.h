@@ -11,8 +11,9 @@ typedef struct kl_cache {
     int64_t slots, capacity;    /* sequences; tokens each */
     int64_t *length;            /* [slots] tokens so far */
     kl_dtype latent_dtype;      /* BF16 when config.dtype is BF16, else F32 */
+    kl_dtype tail_dtype;        /* likewise */
     float **kda_state;          /* [layers] -> [slots,HV,K,V]; NULL for MLA layers */
-    float **conv_tail;          /* [layers] -> [3,slots,P,W-1]: q, k, v, each a pool of its own; NULL for MLA layers or without convolution */
+    void **conv_tail;           /* [layers] -> [3,slots,P,W-1]: q, k, v, each a pool of its own; NULL for MLA layers or without convolution */
     void **latent;              /* [layers] -> [slots,capacity,R+Dr]; NULL for KDA layers */
     void *memory;               /* the one block behind all of them; pages never written cost nothing */
     size_t bytes;               /* of that block: slots times kl_cache_bytes */

@@ -20,7 +20,7 @@
 enum { VERSION = 1, TAG = 64 };
 static const char MAGIC[8] = "KLCACHE";
 static const uint32_t BYTE_ORDER_MARK = 0x01020304u;
-static const char LAYOUT[TAG] = "kda f32 HV,K,V; tail f32 q|k|v P,W-1; latent T,R+Dr ";
+static const char LAYOUT[TAG] = "kda f32 HV,K,V; tail q|k|v P,W-1; latent T,R+Dr ";
 
 typedef struct header {
     char magic[8];

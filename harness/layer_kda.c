@@ -65,7 +65,9 @@ static kda_conv_problem convolution_of(const kl_call *c, int64_t l, int which, c
         p.weight = c->m->unit_taps;
         p.weight_dtype = KL_F32;
     } else if (c->cache && k->conv_width > 1) {
-        p.tail_in = p.tail_out = c->cache->conv_tail[l] + (size_t)which * (size_t)(c->cache->slots * width(k) * (k->conv_width - 1));
+        size_t pool = (size_t)(c->cache->slots * width(k) * (k->conv_width - 1)) * kl_dtype_size(c->cache->tail_dtype);
+        p.tail_in = p.tail_out = (char *)c->cache->conv_tail[l] + (size_t)which * pool;
+        p.tail_dtype = c->cache->tail_dtype;
         p.state_index = c->slot;
     }
     return p;

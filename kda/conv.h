@@ -24,8 +24,9 @@ typedef struct kda_conv_problem {
     kl_dtype weight_dtype;      /* F32, BF16, F16 */
     float *y;                   /* [B,T,D], y_stride; never x */
     int64_t y_stride;
-    const float *tail_in;       /* [N or pool,D,W-1], oldest first; NULL: zero */
-    float *tail_out;            /* same; NULL: not wanted; may be tail_in */
+    const void *tail_in;        /* [N or pool,D,W-1], oldest first; NULL: zero */
+    void *tail_out;             /* same; NULL: not wanted; may be tail_in */
+    kl_dtype tail_dtype;        /* of both: F32, or BF16 (inputs are rounded as they are kept) */
     const int64_t *state_index; /* [N] slots of the pool; NULL: n */
 } kda_conv_problem;
 

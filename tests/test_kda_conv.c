@@ -109,7 +109,7 @@ static void check_conv(conv_case *c)
         ref_conv_backward(&ref, dy, dtail_out, dx, dw, dtail);
         assert_true(kl_within(strided_error(p->y, y, t0, T, p->D, p->y_stride), kl_tol_kda_f32.forward));
         assert_true(kl_within(strided_error(c->g.dx, dx, t0, T, p->D, p->x_stride), kl_tol_kda_f32.gradient));
-        assert_true(kl_within(kl_rel_err(p->tail_out + n * p->D * keep, tail_out, (size_t)(p->D * keep)), 0.0));
+        assert_true(kl_within(kl_rel_err((const float *)p->tail_out + n * p->D * keep, tail_out, (size_t)(p->D * keep)), 0.0));
         assert_true(kl_within(kl_rel_err(c->g.dtail_in + n * p->D * keep, dtail, (size_t)(p->D * keep)), kl_tol_kda_f32.gradient));
         void *all[] = {x, dy, tail, dtail_out, y, tail_out, dx, dtail};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++)
@@ -174,7 +174,7 @@ static void conv_in_place_tail_through_an_index(void **state)
     assert_int_equal(kda_conv_forward(ctx, &p).code, KL_OK);
     assert_memory_equal(y, c.p.y, N * T * D * sizeof(float));
     for (int64_t n = 0; n < N; n++)
-        assert_memory_equal(pool + index[n] * D * (W - 1), c.p.tail_out + n * D * (W - 1), D * (W - 1) * sizeof(float));
+        assert_memory_equal(pool + index[n] * D * (W - 1), (const float *)c.p.tail_out + n * D * (W - 1), D * (W - 1) * sizeof(float));
     for (int64_t i = 0; i < D * (W - 1); i++)
         assert_true(isnan(pool[1 * D * (W - 1) + i]));
     free(pool);
@@ -205,6 +205,41 @@ static void conv_split_anywhere_has_the_same_bits(void **state)
         assert_memory_equal(y, c.p.y, T * D * sizeof(float));
         assert_memory_equal(tail, c.p.tail_out, D * (W - 1) * sizeof(float));
         free(tail);
+        free(y);
+    }
+    free_conv(&c);
+    kl_ctx_destroy(ctx);
+}
+
+/* Inputs and tails that bf16 holds exactly: kept in bf16, the split still has the same bits. */
+static void conv_tail_in_bf16(void **state)
+{
+    (void)state;
+    enum { D = 50, W = 4, T = 9, TAIL = D * (W - 1) };
+    conv_case c = new_conv(1, T, NULL, D, W, 0, true, 11);
+    uint16_t before[TAIL], tail[TAIL];
+    for (int64_t i = 0; i < T * D; i++)
+        c.x[i] = kl_bf16_to_f32(kl_f32_to_bf16(c.x[i]));
+    kl_from_f32(before, KL_BF16, c.tail_in, TAIL);
+    kl_to_f32(c.tail_in, before, KL_BF16, TAIL);
+    kl_ctx *ctx = context(1);
+    assert_int_equal(kda_conv_forward(ctx, &c.p).code, KL_OK);
+    for (int64_t s = 0; s <= T; s++) {
+        float *y = poisoned(T * D), wide[TAIL];
+        memcpy(tail, before, sizeof tail);
+        kda_conv_problem first = c.p, second = c.p;
+        first.tail_dtype = second.tail_dtype = KL_BF16;
+        first.tail_in = first.tail_out = second.tail_in = second.tail_out = tail;
+        first.T = s;
+        first.y = y;
+        second.T = T - s;
+        second.x += s * D;
+        second.y = y + s * D;
+        assert_int_equal(kda_conv_forward(ctx, &first).code, KL_OK);
+        assert_int_equal(kda_conv_forward(ctx, &second).code, KL_OK);
+        assert_memory_equal(y, c.p.y, T * D * sizeof(float));
+        kl_to_f32(wide, tail, KL_BF16, TAIL);
+        assert_memory_equal(wide, c.p.tail_out, sizeof wide);
         free(y);
     }
     free_conv(&c);
@@ -387,6 +422,7 @@ int main(void)
         cmocka_unit_test(conv_shorter_than_its_width),
         cmocka_unit_test(conv_in_place_tail_through_an_index),
         cmocka_unit_test(conv_split_anywhere_has_the_same_bits),
+        cmocka_unit_test(conv_tail_in_bf16),
         cmocka_unit_test(conv_does_not_depend_on_the_thread_count),
         cmocka_unit_test(conv_weights_in_bf16_and_f16),
         cmocka_unit_test(conv_refuses_by_name),

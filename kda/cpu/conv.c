@@ -23,6 +23,8 @@ static kl_status validate(const kl_ctx *ctx, const kda_conv_problem *p)
         return kl_error(KL_EDEVICE, "conv: device: expected cpu, got %s", kl_device_name(ctx->device));
     KL_REQUIRE(p->weight_dtype == KL_F32 || p->weight_dtype == KL_BF16 || p->weight_dtype == KL_F16,
                "conv: weight_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->weight_dtype));
+    KL_REQUIRE(p->tail_dtype == KL_F32 || p->tail_dtype == KL_BF16, "conv: tail_dtype: expected float32 or bfloat16, got %s",
+               kl_dtype_name(p->tail_dtype));
     KL_REQUIRE(p->D >= 1, "conv: D: expected 1 or more channels, got %lld", (long long)p->D);
     KL_REQUIRE(p->x_stride == 0 || p->x_stride >= p->D, "conv: x_stride: expected 0 or at least D = %lld, got %lld", (long long)p->D,
                (long long)p->x_stride);
@@ -64,10 +66,13 @@ static void open_sequence(tile *s, int64_t n)
     memset(s->tail, 0, sizeof s->tail);
     if (!p->tail_in)
         return;
-    const float *tail = p->tail_in + (slot_of(p, n) * p->D + s->d0) * (p->W - 1);
-    for (int64_t d = 0; d < s->D; d++)
-        for (int64_t m = 0; m < p->W - 1; m++)
-            s->tail[m][d] = tail[d * (p->W - 1) + m];
+    size_t keep = (size_t)p->W - 1, at = (size_t)(slot_of(p, n) * p->D + s->d0) * keep;
+    float kept[MAX_TAPS];
+    for (int64_t d = 0; d < s->D; d++, at += keep) {
+        kl_to_f32(kept, (const char *)p->tail_in + at * kl_dtype_size(p->tail_dtype), p->tail_dtype, keep);
+        for (size_t m = 0; m < keep; m++)
+            s->tail[m][d] = kept[m];
+    }
 }
 
 /* The input at a position of the open sequence; negative positions lie in the tail. */
@@ -132,16 +137,20 @@ static void forward_tile(const kda_conv_problem *p, int64_t d0, int64_t first, i
     }
 }
 
-/* The last W-1 inputs of tail and x together, oldest first. In place: entry m comes from entry m + length, never earlier. */
+/* The last W-1 inputs of tail and x together, oldest first. */
 static void hand_out_tail(const kda_conv_problem *p, int64_t n, int64_t d)
 {
     kda_span span = kda_sequence(p->T, p->cu_seqlens, n);
-    int64_t keep = p->W - 1, at = (slot_of(p, n) * p->D + d) * keep;
+    int64_t keep = p->W - 1;
+    size_t size = kl_dtype_size(p->tail_dtype), at = (size_t)((slot_of(p, n) * p->D + d) * keep) * size;
+    float before[MAX_TAPS] = {0}, after[MAX_TAPS];
+    if (p->tail_in)
+        kl_to_f32(before, (const char *)p->tail_in + at, p->tail_dtype, (size_t)keep);
     for (int64_t m = 0; m < keep; m++) {
         int64_t position = span.length - keep + m;
-        p->tail_out[at + m] = position >= 0 ? p->x[(span.begin + position) * kda_stride(p->x_stride, p->D) + d]
-                              : p->tail_in ? p->tail_in[at + m + span.length] : 0.0f;
+        after[m] = position >= 0 ? p->x[(span.begin + position) * kda_stride(p->x_stride, p->D) + d] : before[m + span.length];
     }
+    kl_from_f32((char *)p->tail_out + at, p->tail_dtype, after, (size_t)keep);
 }
 
 kl_status kda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
