@@ -8,7 +8,7 @@
 /* Sides of an OpenBLAS tile, at most and at least; columns of a weight converted at a time. */
 enum { TILE_MAX = 512, TILE_MIN = 96, STEP_K = 256, TILES = 8 };
 /* Few rows: multiply-adds below which a second thread costs more than it brings; rows of W a thread takes at a time. */
-enum { FEW_ELEMENTS = 1 << 17, FEW_BLOCK = 48, SOME_ROWS = 32 };
+enum { FEW_ELEMENTS = 1 << 19, FEW_BLOCK = 48, SOME_ROWS = 32 };
 
 void kl_blas_single_threaded(void) { openblas_set_num_threads(1); }
 const char *kl_blas_name(void) { return openblas_get_config(); }
@@ -52,8 +52,8 @@ static tiling tiles_of(int64_t M, int64_t N)
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Threads for that many multiply-adds: a second one costs some microseconds to call. */
-static int threads_for(const kl_ctx *ctx, tiling t, int64_t multiplications) { return t.rows * t.columns == 1 || multiplications < 1 << 18 ? 1 : ctx->threads; }
+/* Threads for that many multiply-adds: waking a second one costs ten microseconds or more. */
+static int threads_for(const kl_ctx *ctx, tiling t, int64_t multiplications) { return t.rows * t.columns == 1 || multiplications < 1 << 20 ? 1 : ctx->threads; }
 
 void kl_gemm(const kl_ctx *ctx, kl_op ta, kl_op tb, int64_t M, int64_t N, int64_t K, float alpha,
              const float *A, int64_t lda, const float *B, int64_t ldb, float beta, float *C, int64_t ldc)

@@ -10,7 +10,7 @@ int moe_threads(const kl_ctx *ctx) { return ctx && ctx->threads > 0 ? ctx->threa
 bool moe_worth_threads(const moe_problem *p, int64_t tokens)
 {
     int64_t widths = (p->E ? p->top_k * p->I : 0) + p->Is;
-    return tokens * widths * p->D * 3 > 1 << 17;
+    return tokens * widths * p->D * 3 > 1 << 19;
 }
 
 kl_status moe_enter(const void *workspace, size_t bytes, size_t need)

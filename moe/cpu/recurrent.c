@@ -6,7 +6,7 @@
 #include "common/parallel.h"
 #include "moe/cpu/moe_cpu.h"
 
-enum { ROWS = 32 };
+enum { ROWS = 64 };
 
 typedef struct recurrent_buffers {
     moe_routes routes; /* of one token */
