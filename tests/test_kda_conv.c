@@ -229,7 +229,8 @@ static void conv_tail_in_bf16(void **state)
         memcpy(tail, before, sizeof tail);
         kda_conv_problem first = c.p, second = c.p;
         first.tail_dtype = second.tail_dtype = KL_BF16;
-        first.tail_in = first.tail_out = second.tail_in = second.tail_out = tail;
+        first.tail_in = second.tail_in = tail;
+        first.tail_out = second.tail_out = tail;
         first.T = s;
         first.y = y;
         second.T = T - s;
