@@ -165,8 +165,16 @@ static kl_status can_write(const char *path)
     return kl_ok();
 }
 
+static kl_status check_shapes(const bench_options *o, const defaults *d)
+{
+    kl_shape list[KL_SHAPES];
+    int count;
+    return o->shapes ? kl_shapes_parse(d->family, o->shapes, &d->first, list, &count) : kl_ok();
+}
+
 static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)
 {
+    KL_TRY(check_shapes(o, d));
     kl_model *m = NULL;
     if (strcmp(d->family, "model") == 0)
         KL_TRY(open_model(o, b->ctx, &m));
