@@ -119,8 +119,6 @@ static kl_status run_group(kl_bench *b, const defaults *d, kl_model *m, const ch
 
 static kl_status run_all(kl_bench *b, const bench_options *o, const defaults *d, kl_model *m)
 {
-    if (o->chosen)
-        KL_TRY(check_passes(d->family, o->pass));
     if (o->shapes)
         return run_group(b, d, m, o->shapes, o->chosen ? o->pass : d->pass[0]);
     for (int i = 0; i < 2 && d->shapes[i]; i++) {
@@ -165,16 +163,18 @@ static kl_status can_write(const char *path)
     return kl_ok();
 }
 
-static kl_status check_shapes(const bench_options *o, const defaults *d)
+static kl_status check_request(const bench_options *o, const defaults *d)
 {
     kl_shape list[KL_SHAPES];
     int count;
+    if (o->chosen)
+        KL_TRY(check_passes(d->family, o->pass));
     return o->shapes ? kl_shapes_parse(d->family, o->shapes, &d->first, list, &count) : kl_ok();
 }
 
 static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)
 {
-    KL_TRY(check_shapes(o, d));
+    KL_TRY(check_request(o, d));
     kl_model *m = NULL;
     if (strcmp(d->family, "model") == 0)
         KL_TRY(open_model(o, b->ctx, &m));
