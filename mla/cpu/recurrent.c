@@ -25,7 +25,7 @@ typedef struct workspace {
     char *packed;     /* [rows / MLA_GROUP] packed groups */
     float *m, *l;     /* [parts] */
     float *o;         /* [parts,R] */
-    float *s;         /* [threads, most_groups, MLA_BLOCK, MLA_GROUP] */
+    float *s;         /* [threads, 2, most_groups, MLA_BLOCK, MLA_GROUP] */
     char *scratch;    /* [threads] */
     size_t packed_bytes, scratch_bytes;
     int64_t s_size;
@@ -102,7 +102,7 @@ static workspace carve(const kl_ctx *ctx, const mla_problem *p, const mla_block_
     workspace w = {0};
     round_size most = largest_round(p);
     w.packed_bytes = ops->packed_bytes(p);
-    w.s_size = most.most_groups * MLA_BLOCK * MLA_GROUP;
+    w.s_size = 2 * most.most_groups * MLA_BLOCK * MLA_GROUP;
     w.scratch_bytes = (mla_max((int64_t)ops->scratch_bytes(p, most.most_groups), mla_absorb_scratch(p) * (int64_t)sizeof(float)) + 63) / 64 * 64;
     w.jobs = KL_TAKE(a, mla_job, most.jobs);
     w.rows = KL_TAKE(a, float, kl_mul((size_t)most.rows, (size_t)(p->R + p->Dr), &a->overflow));
@@ -123,33 +123,40 @@ size_t mla_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass p
     return mla_arena_bytes(&a);
 }
 
-/* s becomes e^(s - m') with m' = max(m, max_j s_j), one lane a row; 0 for the keys j >= *seen (NULL: all are visible).
- * Returns e^(m - m'). */
-static kl_v softmax_group(float *s, int64_t keys, const kl_vi *seen, float *m, float *l)
+/* m <- max(m, max_j s_j) and l <- e^(m - m') l, one lane a row. Keys j >= *seen (NULL: all are visible) and those that fill
+ * up the last 32 become -inf. Returns e^(m - m'). */
+static kl_v raise_top(float *s, int64_t keys, const kl_vi *seen, float *m, float *l)
 {
-    kl_v old = kl_vload(m), sum = {0}, hidden = kl_vset(-INFINITY), most[4] = {old, old, old, old}; /* four chains */
+    kl_v old = kl_vload(m), hidden = kl_vset(-INFINITY), most[4] = {old, old, old, old}; /* four chains */
+    int64_t padded = kl_ceil_div(keys, 32) * 32;
     for (int64_t j = 0; seen && j < keys; j++) {
         kl_vi show = (int32_t)j < *seen, x = (kl_vi)kl_vload(s + j * MLA_GROUP);
         kl_vstore(s + j * MLA_GROUP, (kl_v)((x & show) | ((kl_vi)hidden & ~show)));
     }
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4)
+    for (int64_t j = keys; j < padded; j++)
+        kl_vstore(s + j * MLA_GROUP, hidden);
+    for (int64_t j = 0; j < padded; j += 4)
         for (int64_t c = 0; c < 4; c++)
             most[c] = kl_vmax(kl_vload(s + (j + c) * MLA_GROUP), most[c]);
-    for (; j < keys; j++)
-        most[0] = kl_vmax(kl_vload(s + j * MLA_GROUP), most[0]);
     kl_v top = kl_vmax(kl_vmax(most[0], most[1]), kl_vmax(most[2], most[3]));
     kl_vi finite = top > hidden;
-    kl_v shift = (kl_v)((kl_vi)top & finite); /* 0 where nothing is visible yet */
-    for (j = 0; j < keys; j++) {
-        kl_v e = kl_vexp(kl_vload(s + j * MLA_GROUP) - shift);
-        kl_vstore(s + j * MLA_GROUP, e);
-        sum += e;
-    }
-    kl_v factor = kl_vexp(old - shift);
+    kl_v factor = kl_vexp(old - (kl_v)((kl_vi)top & finite));
     kl_vstore(m, top);
-    kl_vstore(l, kl_vload(l) * factor + sum);
+    kl_vstore(l, kl_vload(l) * factor);
     return factor;
+}
+
+void mla_exponentials(const float *s, int64_t keys, const float *m, float *l, float *e)
+{
+    kl_v top = kl_vload(m), sum = {0};
+    kl_vi finite = top > kl_vset(-INFINITY);
+    kl_v shift = (kl_v)((kl_vi)top & finite); /* 0 where nothing is visible yet */
+    for (int64_t j = 0; j < keys; j++) {
+        kl_v x = kl_vexp(kl_vload(s + j * MLA_GROUP) - shift);
+        kl_vstore(e + j * MLA_GROUP, x);
+        sum += x;
+    }
+    kl_vstore(l, kl_vload(l) + sum);
 }
 
 /* a[0..R) = factor o (+ a unless first), where o has the layout of ops. */
@@ -189,11 +196,25 @@ static kl_vi seen_lanes(const mla_problem *p, const mla_job *job, int64_t g, int
     return seen;
 }
 
+/* The maxima of a block, whose first key is j, and what they mean for the sums so far. */
+static void raise_tops(const mla_problem *p, const mla_block_ops *ops, const mla_job *job, int64_t j, bool first, const mla_scored *now, float *m, float *o)
+{
+    bool all_visible = j + now->keys <= job->keys - job->tokens + 1;
+    for (int64_t g = 0; g < job->groups; g++) {
+        kl_vi seen = {0};
+        if (!all_visible)
+            seen = seen_lanes(p, job, g, j);
+        kl_v factor = raise_top(now->s + g * MLA_BLOCK * MLA_GROUP, now->keys, all_visible ? NULL : &seen, m + g * MLA_GROUP, now->l + g * MLA_GROUP);
+        if (!first)
+            rescale(ops, p->R, factor, o + g * MLA_GROUP * p->R);
+    }
+}
+
 static void run_piece(const mla_problem *p, const mla_block_ops *ops, const workspace *w, const mla_job *job, int64_t piece, float *s, void *scratch)
 {
     int64_t begin = piece * job->piece, end = mla_min(begin + job->piece, job->keys), lanes = job->groups * MLA_GROUP;
     size_t part = (size_t)(job->part + piece * lanes);
-    float *m = w->m + part, *l = w->l + part, *o = w->o + part * (size_t)p->R;
+    float *m = w->m + part, *l = w->l + part, *o = w->o + part * (size_t)p->R, *other = s + job->groups * MLA_BLOCK * MLA_GROUP;
     const void *packed = w->packed + (size_t)(job->row / MLA_GROUP) * w->packed_bytes;
     for (int64_t r = 0; r < lanes; r++) {
         m[r] = -INFINITY;
@@ -202,16 +223,19 @@ static void run_piece(const mla_problem *p, const mla_block_ops *ops, const work
     if (ops->begin)
         ops->begin();
     for (int64_t j = begin; j < end; j += MLA_BLOCK) {
-        int64_t keys = mla_min(MLA_BLOCK, end - j), row = p->kv_start[job->n] + j;
-        bool all_visible = j + keys <= job->keys - job->tokens + 1;
-        ops->score(p, row, keys, mla_min(MLA_BLOCK, end - j - keys), job->groups, packed, scratch, s);
-        for (int64_t g = 0; g < job->groups; g++) {
-            kl_vi seen = seen_lanes(p, job, g, j);
-            kl_v factor = softmax_group(s + g * MLA_BLOCK * MLA_GROUP, keys, all_visible ? NULL : &seen, m + g * MLA_GROUP, l + g * MLA_GROUP);
-            if (j > begin)
-                rescale(ops, p->R, factor, o + g * MLA_GROUP * p->R);
-        }
+        int64_t keys = mla_min(MLA_BLOCK, end - j), next = mla_min(MLA_BLOCK, end - j - keys), row = p->kv_start[job->n] + j;
+        if (j == begin || !ops->overlap)
+            ops->score(p, row, keys, next, job->groups, packed, scratch, s);
+        mla_scored now = {s, keys, m, l};
+        raise_tops(p, ops, job, j, j == begin, &now, m, o);
+        if (ops->overlap)
+            ops->overlap(p, row + keys, next, mla_min(MLA_BLOCK, end - j - keys - next), job->groups, packed, scratch, other, &now);
+        for (int64_t g = 0; g < job->groups && !ops->overlap; g++)
+            mla_exponentials(s + g * MLA_BLOCK * MLA_GROUP, keys, m + g * MLA_GROUP, l + g * MLA_GROUP, s + g * MLA_BLOCK * MLA_GROUP);
         ops->accumulate(p, row, keys, job->groups, s, scratch, j == begin, o);
+        float *done = s;
+        s = other;
+        other = done;
     }
     if (ops->end)
         ops->end();

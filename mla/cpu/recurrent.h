@@ -19,6 +19,14 @@ typedef struct mla_job {
     int64_t part;          /* its first row in the round's partial results, [pieces, groups MLA_GROUP] */
 } mla_job;
 
+/* A block whose scores are known, but not yet their exponentials. */
+typedef struct mla_scored {
+    float *s;           /* [groups, MLA_BLOCK, MLA_GROUP] */
+    int64_t keys;
+    const float *m;     /* [groups, MLA_GROUP] maxima so far, this block included */
+    float *l;           /* [groups, MLA_GROUP] sums so far, this block left out */
+} mla_scored;
+
 /* Products of packed rows with `keys` <= MLA_BLOCK latent rows. s, then P in its place: [groups, MLA_BLOCK, MLA_GROUP].
  * Vector v (16 dimensions) of the sum of row r of a group lies at r row_step + v vector_step floats of the group's R MLA_GROUP
  * floats; row_step 0 stands for R. scratch: scratch_bytes() of the calling thread; what score() leaves there accumulate() finds. */
@@ -34,6 +42,10 @@ typedef struct mla_block_ops {
     /* s[g][j][r] = row (g,r) . c_j, for the block that begins with latent row `row`; the next block, which begins with
      * row + keys and has `ahead` keys, may be prefetched */
     void (*score)(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *scratch, float *s);
+    /* As score() for the next block (keys 0: there is none) and meanwhile P of this one, for accumulate(), its sums added
+     * to l. NULL: the caller does one after the other. */
+    void (*overlap)(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *scratch, float *s,
+                    const mla_scored *now);
     /* o[g][r][:R] (+)= sum_j P[g][j][r] c_j[:R]; overwrites when first; may use up s */
     void (*accumulate)(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, float *s, void *scratch, bool first, float *o);
     void (*order)(const mla_problem *p, float *row);               /* puts the dimensions of a finished row in order; may be NULL */
@@ -42,6 +54,9 @@ typedef struct mla_block_ops {
 extern const mla_block_ops mla_block_portable;
 /* The AMX table where this CPU, this system and these sizes allow it, else NULL. */
 const mla_block_ops *mla_block_amx(const mla_problem *p);
+
+/* e = e^(s - m) for `keys` keys of one group, l += their sum; m = -inf: rows that have seen nothing yet. e may be s. */
+void mla_exponentials(const float *s, int64_t keys, const float *m, float *l, float *e);
 
 /* rows[row][0..R) = scale Wk_h^T q[:Dn], rows[row][R..R+Dr) = scale q[Dn:]. Work-shared: every thread of the team calls.
  * scratch: mla_absorb_scratch() floats of the calling thread. */

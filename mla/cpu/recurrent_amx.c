@@ -40,9 +40,9 @@ typedef struct strip {
 
 /* What one thread keeps between score() and accumulate(). */
 typedef struct scratch {
-    uint16_t *block;    /* [parts of the latent, MLA_BLOCK, R+Dr] where it cannot be read in place */
+    uint16_t *block[2]; /* [parts of the latent, MLA_BLOCK, R+Dr] where it cannot be read in place; in turns */
     weights *weight;    /* [groups] */
-    strip *strip;       /* [2, parts of the latent], in turns */
+    strip *strip;       /* [parts of the latent] */
 } scratch;
 
 static int latent_parts(const mla_problem *p) { return p->latent_dtype == KL_F32 ? 2 : 1; }
@@ -58,13 +58,13 @@ static size_t block_bytes(const mla_problem *p)
 }
 static size_t scratch_bytes(const mla_problem *p, int64_t groups)
 {
-    return 64 + block_bytes(p) + (size_t)groups * sizeof(weights) + 2 * (size_t)latent_parts(p) * sizeof(strip);
+    return 64 + 2 * block_bytes(p) + (size_t)groups * sizeof(weights) + (size_t)latent_parts(p) * sizeof(strip);
 }
 static scratch carve(const mla_problem *p, void *memory)
 {
     char *at = (char *)memory + 64;
-    strip *strips = (strip *)(at + block_bytes(p));
-    return (scratch){(uint16_t *)at, (weights *)(strips + 2 * latent_parts(p)), strips};
+    strip *strips = (strip *)(at + 2 * block_bytes(p));
+    return (scratch){{(uint16_t *)at, (uint16_t *)(at + block_bytes(p))}, (weights *)(strips + latent_parts(p)), strips};
 }
 
 /* ---- what the machine offers ---- */
@@ -171,20 +171,63 @@ AMX static inline void split_pair(__m512 even, __m512 odd, __m512i *hi, __m512i 
     *lo = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e_rest, 16), o_rest);
 }
 
-/* P of one group, [keys padded to 32][16 rows] -> tiles [16 rows][16 pairs of keys], in two parts */
-AMX static void pack_weights(const float *s, int chunks, weights *w)
+/* The exponentials of a block on their way to tiles of P, in steps small enough to run under tile products: two keys of a
+ * group at a time, and once a chunk has its 16 pairs they are transposed, one part a step. */
+typedef struct side {
+    _Alignas(64) float pair[2 * TILE];
+    const mla_scored *now;
+    weights *weight;        /* [groups] */
+    int64_t left, each;     /* steps: that remain, between two groups of tile products */
+    int64_t g;
+    int c, k, chunks;       /* the next step */
+} side;
+
+enum { SIDE_STEPS = TILE + PARTS }; /* of one chunk */
+
+static side side_of(const mla_scored *now, int64_t groups, int64_t slots, weights *weight)
 {
-    for (int c = 0; c < chunks; c++) {
-        __m512i hi[16], lo[16];
-        for (int k = 0; k < 16; k++)
-            split_pair(_mm512_loadu_ps(s + (c * DEPTH + 2 * k) * TILE), _mm512_loadu_ps(s + (c * DEPTH + 2 * k + 1) * TILE), &hi[k], &lo[k]);
-        transpose(hi);
-        transpose(lo);
-        for (int r = 0; r < TILE; r++) {
-            _mm512_store_si512(w->part[0][c].word[r], hi[r]);
-            _mm512_store_si512(w->part[1][c].word[r], lo[r]);
+    int chunks = (int)kl_ceil_div(now->keys, DEPTH);
+    int64_t left = groups * chunks * SIDE_STEPS;
+    return (side){.now = now, .weight = weight, .left = left, .each = slots ? kl_ceil_div(left, slots) : left, .chunks = chunks};
+}
+
+AMX static void transpose_tile(tile *t)
+{
+    __m512i m[TILE];
+    for (int r = 0; r < TILE; r++)
+        m[r] = _mm512_load_si512(t->word[r]);
+    transpose(m);
+    for (int r = 0; r < TILE; r++)
+        _mm512_store_si512(t->word[r], m[r]);
+}
+
+AMX static void side_step(side *a)
+{
+    weights *w = &a->weight[a->g];
+    if (a->k < TILE) {
+        __m512i hi, lo;
+        const float *s = a->now->s + ((a->g * MLA_BLOCK) + a->c * DEPTH + 2 * a->k) * TILE;
+        mla_exponentials(s, 2, a->now->m + a->g * TILE, a->now->l + a->g * TILE, a->pair);
+        split_pair(_mm512_load_ps(a->pair), _mm512_load_ps(a->pair + TILE), &hi, &lo);
+        _mm512_store_si512(w->part[0][a->c].word[a->k], hi);
+        _mm512_store_si512(w->part[1][a->c].word[a->k], lo);
+    } else {
+        transpose_tile(&w->part[a->k - TILE][a->c]);
+    }
+    a->left--;
+    if (++a->k == SIDE_STEPS) {
+        a->k = 0;
+        if (++a->c == a->chunks) {
+            a->c = 0;
+            a->g++;
         }
     }
+}
+
+AMX static inline void side_work(side *a)
+{
+    for (int64_t i = mla_min(a->each, a->left); i > 0; i--)
+        side_step(a);
 }
 
 /* ---- the latent block ---- */
@@ -198,7 +241,7 @@ typedef struct block {
 static block block_of(const mla_problem *p, int64_t row, int64_t keys, const scratch *w)
 {
     int64_t width = p->R + p->Dr;
-    const char *copy = (const char *)w->block;
+    const char *copy = (const char *)w->block[row / MLA_BLOCK % 2];
     if (p->latent_dtype == KL_F32)
         return (block){copy, copy + MLA_BLOCK * width * 2, width * 2};
     return (block){keys % DEPTH ? copy : mla_latent_at(p, row, 0), NULL, width * 2};
@@ -225,7 +268,7 @@ AMX static void copy_block(const mla_problem *p, int64_t row, int64_t keys, scra
 {
     int64_t width = p->R + p->Dr, padded = kl_ceil_div(keys, DEPTH) * DEPTH;
     size_t used = (size_t)(keys * width), all = (size_t)(padded * width);
-    uint16_t *hi = w->block, *lo = hi + MLA_BLOCK * width;
+    uint16_t *hi = w->block[row / MLA_BLOCK % 2], *lo = hi + MLA_BLOCK * width;
     if (p->latent_dtype == KL_F32) {
         const float *c = mla_latent_at(p, row, 0);
         for (size_t i = 0; i < used; i += DEPTH) /* used is a multiple of DEPTH */
@@ -245,13 +288,17 @@ typedef struct coming {
     int64_t bytes; /* a step */
 } coming;
 
-static coming next_block(const mla_problem *p, int64_t row, int64_t rows, int64_t groups, int64_t keys)
+/* Steps in the scores of `keys` keys. */
+static int64_t score_steps(const mla_problem *p, int64_t keys, int64_t groups)
 {
-    int64_t pairs = kl_ceil_div(groups, 2), chunks = kl_ceil_div(keys, DEPTH);
-    int64_t steps = chunks * pairs * (p->R + p->Dr) / DEPTH * 2 + chunks * pairs * p->R / DEPTH * 2;
+    return kl_ceil_div(keys, DEPTH) * ((p->R + p->Dr) / DEPTH) * (groups / 2 * PARTS + groups % 2);
+}
+
+static coming next_block(const mla_problem *p, int64_t row, int64_t rows, int64_t steps)
+{
     int64_t bytes = (p->R + p->Dr) * (int64_t)kl_dtype_size(p->latent_dtype) * rows;
     const char *at = rows ? mla_latent_at(p, row, 0) : NULL;
-    return (coming){at, at + bytes, kl_ceil_div(kl_ceil_div(bytes, 64), steps) * 64};
+    return (coming){at, at + bytes, kl_ceil_div(kl_ceil_div(bytes, 64), mla_max(steps, 1)) * 64};
 }
 
 static inline void prefetch(coming *next)
@@ -264,7 +311,7 @@ static inline void prefetch(coming *next)
 /* ---- s^T = c q^T ---- */
 
 /* Four sums: keys j .. j+31 of the block against two groups. */
-AMX static void score_pair(const block *b, int64_t j, int64_t steps, coming *next, const tile *q0, const tile *q1, float *s0, float *s1)
+AMX static void score_pair(const block *b, int64_t j, int64_t steps, coming *next, side *beside, const tile *q0, const tile *q1, float *s0, float *s1)
 {
     int64_t at = j * b->stride, below = at + TILE * b->stride;
     _tile_zero(0);
@@ -276,6 +323,7 @@ AMX static void score_pair(const block *b, int64_t j, int64_t steps, coming *nex
         _tile_loadd(5, b->hi + below + d * 64, b->stride);
         for (int part = PARTS - 1; part >= 0; part--) {
             prefetch(next);
+            side_work(beside);
             _tile_loadd(6, q0 + d * PARTS + part, 64);
             _tile_loadd(7, q1 + d * PARTS + part, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -299,7 +347,7 @@ AMX static void score_pair(const block *b, int64_t j, int64_t steps, coming *nex
 }
 
 /* Two sums: the same keys against one group. */
-AMX static void score_single(const block *b, int64_t j, int64_t steps, coming *next, const tile *q, float *s)
+AMX static void score_single(const block *b, int64_t j, int64_t steps, coming *next, side *beside, const tile *q, float *s)
 {
     int64_t at = j * b->stride, below = at + TILE * b->stride;
     _tile_zero(0);
@@ -308,6 +356,7 @@ AMX static void score_single(const block *b, int64_t j, int64_t steps, coming *n
         _tile_loadd(4, b->hi + at + d * 64, b->stride);
         _tile_loadd(5, b->hi + below + d * 64, b->stride);
         prefetch(next);
+        side_work(beside);
         _tile_loadd(6, q + d * PARTS, 64);
         _tile_loadd(7, q + d * PARTS + 1, 64);
         _tile_dpbf16ps(0, 4, 7);
@@ -325,23 +374,42 @@ AMX static void score_single(const block *b, int64_t j, int64_t steps, coming *n
     _tile_stored(1, s + TILE * TILE, 64);
 }
 
-AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *memory, float *s)
+/* The scores of a block, with `beside` (may be NULL) in between. */
+AMX static void score_block(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, const tile *q, scratch *w, coming *next, side *beside, float *s)
 {
-    scratch w = carve(p, memory);
     int64_t steps = (p->R + p->Dr) / DEPTH, tiles = steps * PARTS, S = MLA_BLOCK * MLA_GROUP;
-    const tile *q = packed;
-    copy_block(p, row, keys, &w);
-    block b = block_of(p, row, keys, &w);
-    coming *next = memory;
-    *next = next_block(p, row + keys, ahead, groups, keys);
+    copy_block(p, row, keys, w);
+    block b = block_of(p, row, keys, w);
     STORES_DONE();
     for (int64_t j = 0; j < keys; j += DEPTH) {
         int64_t g = 0;
         for (; g + 2 <= groups; g += 2)
-            score_pair(&b, j, steps, next, q + g * tiles, q + (g + 1) * tiles, s + g * S + j * TILE, s + (g + 1) * S + j * TILE);
+            score_pair(&b, j, steps, next, beside, q + g * tiles, q + (g + 1) * tiles, s + g * S + j * TILE, s + (g + 1) * S + j * TILE);
         if (g < groups)
-            score_single(&b, j, steps, next, q + g * tiles, s + g * S + j * TILE);
+            score_single(&b, j, steps, next, beside, q + g * tiles, s + g * S + j * TILE);
     }
+}
+
+AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *memory, float *s)
+{
+    scratch w = carve(p, memory);
+    coming next = next_block(p, row + keys, ahead, score_steps(p, keys, groups));
+    side none = {0};
+    score_block(p, row, keys, groups, packed, &w, &next, &none, s);
+}
+
+AMX static void overlap(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *memory, float *s,
+                        const mla_scored *now)
+{
+    scratch w = carve(p, memory);
+    int64_t steps = score_steps(p, keys, groups), sums = kl_ceil_div(now->keys, DEPTH) * (p->R / DEPTH) * (groups / 2 * PARTS + groups % 2);
+    coming *next = memory;
+    *next = next_block(p, row + keys, ahead, steps + sums);
+    side beside = side_of(now, groups, steps, w.weight);
+    if (keys)
+        score_block(p, row, keys, groups, packed, &w, next, &beside, s);
+    while (beside.left)
+        side_step(&beside);
 }
 
 /* ---- o += P^T c ---- */
@@ -371,8 +439,9 @@ AMX static inline void interleave_chunk(const columns *to, int c)
         interleave(to->b->lo, to->b->stride, to->v, c, &to->out[1]);
 }
 
-/* Two neighbouring tiles [16 rows][16 dims] of two groups. Between the products the strip ahead (unless NULL) is interleaved:
- * the shuffles run under the tiles, and its stores are done when its turn comes. */
+/* Two neighbouring tiles [16 rows][16 dims] of two groups. Once a chunk of the strip has met its last rows, the next
+ * strip's chunk (unless `ahead` is NULL) takes its place: the shuffles run under the tiles, its stores are done when its turn
+ * comes, and what the loop touches stays in the first-level cache. */
 AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, int parts, int chunks, const columns *ahead, coming *next, bool first, float *o0, float *o1)
 {
     if (first) {
@@ -387,8 +456,6 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
         _tile_loadd(3, o1 + TILE * TILE, 64);
     }
     for (int k = 0; k < chunks; k++) {
-        if (ahead)
-            interleave_chunk(ahead, k);
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
         for (int part = PARTS - 1; part >= 0; part--) {
@@ -408,6 +475,8 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
+        if (ahead)
+            interleave_chunk(ahead, k);
     }
     _tile_stored(0, o0, 64);
     _tile_stored(1, o0 + TILE * TILE, 64);
@@ -426,8 +495,6 @@ AMX static void sum_single(const weights *w, const strip *c, int parts, int chun
         _tile_loadd(1, o + TILE * TILE, 64);
     }
     for (int k = 0; k < chunks; k++) {
-        if (ahead)
-            interleave_chunk(ahead, k);
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
         prefetch(next);
@@ -443,6 +510,8 @@ AMX static void sum_single(const weights *w, const strip *c, int parts, int chun
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
         }
+        if (ahead)
+            interleave_chunk(ahead, k);
     }
     _tile_stored(0, o, 64);
     _tile_stored(1, o + TILE * TILE, 64);
@@ -450,30 +519,25 @@ AMX static void sum_single(const weights *w, const strip *c, int parts, int chun
 
 AMX static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t groups, float *s, void *memory, bool first, float *o)
 {
+    (void)s;
     scratch w = carve(p, memory);
     coming *next = memory;
     int chunks = (int)kl_ceil_div(keys, DEPTH), parts = latent_parts(p);
     block b = block_of(p, row, keys, &w);
-    for (int64_t g = 0; g < groups; g++) {
-        float *probability = s + g * MLA_BLOCK * MLA_GROUP;
-        memset(probability + keys * TILE, 0, (size_t)(chunks * DEPTH - keys) * TILE * sizeof(float));
-        pack_weights(probability, chunks, &w.weight[g]);
-    }
     int64_t strips = p->R / DEPTH;
     columns ahead = {&b, 0, w.strip};
     for (int k = 0; k < chunks; k++)
         interleave_chunk(&ahead, k);
     for (int64_t v = 0; v < strips; v++) {
-        const strip *now = w.strip + v % 2 * parts;
-        ahead = (columns){&b, v + 1, w.strip + (v + 1) % 2 * parts};
+        ahead.v = v + 1;
         STORES_DONE();
         for (int64_t g = 0; g < groups; g += 2) {
-            const columns *to = g == 0 && v + 1 < strips ? &ahead : NULL;
+            const columns *to = g + 2 >= groups && v + 1 < strips ? &ahead : NULL;
             float *o0 = o + (g * p->R + 2 * v * TILE) * TILE, *o1 = o0 + TILE * p->R;
             if (g + 2 <= groups)
-                sum_pair(&w.weight[g], &w.weight[g + 1], now, parts, chunks, to, next, first, o0, o1);
+                sum_pair(&w.weight[g], &w.weight[g + 1], w.strip, parts, chunks, to, next, first, o0, o1);
             else
-                sum_single(&w.weight[g], now, parts, chunks, to, next, first, o0);
+                sum_single(&w.weight[g], w.strip, parts, chunks, to, next, first, o0);
         }
     }
 }
@@ -489,7 +553,7 @@ static void order(const mla_problem *p, float *row)
     }
 }
 
-static const mla_block_ops table = {"amx", packed_bytes, scratch_bytes, TILE, TILE * TILE, begin, end, pack, score, accumulate, order};
+static const mla_block_ops table = {"amx", packed_bytes, scratch_bytes, TILE, TILE * TILE, begin, end, pack, score, overlap, accumulate, order};
 
 const mla_block_ops *mla_block_amx(const mla_problem *p)
 {

@@ -138,4 +138,4 @@ static void accumulate(const mla_problem *p, int64_t row, int64_t keys, int64_t 
     }
 }
 
-const mla_block_ops mla_block_portable = {"float", packed_bytes, scratch_bytes, 0, KL_LANES, NULL, NULL, pack, score, accumulate, NULL};
+const mla_block_ops mla_block_portable = {"float", packed_bytes, scratch_bytes, 0, KL_LANES, NULL, NULL, pack, score, NULL, accumulate, NULL};
