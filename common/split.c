@@ -36,7 +36,10 @@ void kl_split_end(void) { _tile_release(); }
 
 typedef uint16_t halves __attribute__((vector_size(64)));
 
-static inline kl_v leading(kl_v x) { return (kl_v)((kl_vu)x & 0xffff0000u); }
+/* Bits whose upper half is x rounded to bf16: half an ulp is added to the magnitude. A NaN of all ones becomes zero here
+ * and stays a NaN in what is left. */
+static inline kl_v rounded(kl_v x) { return (kl_v)((kl_vu)x + 0x8000u); }
+static inline kl_v upper(kl_v x) { return (kl_v)((kl_vu)x & 0xffff0000u); }
 
 /* The upper halves of the lanes of x0, then of x1. */
 static inline void store_upper(char *to, kl_v x0, kl_v x1)
@@ -52,46 +55,62 @@ static inline void store_pairs(char *to, kl_v x0, kl_v x1)
     *(kl_vu *)to = ((kl_vu)x1 & 0xffff0000u) | ((kl_vu)x0 >> 16);
 }
 
-void kl_split_left(int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed)
+static inline __attribute__((always_inline)) void pack_left(int parts, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, char *packed,
+                                                            int64_t strip_depth)
 {
-    char *to = packed;
-    for (int64_t m = 0; m < M; m += 16)
+    for (int64_t m = 0; m < M; m += 16, packed += kl_split_bytes(16, strip_depth)) {
+        char *to = packed;
         for (int64_t k = 0; k < depth; k += 32, to += BLOCK)
             for (int64_t r = 0; r < 16; r++) {
                 const float *row = A + (m + r) * ld + k;
                 kl_v x0 = sign * kl_vload(row), x1 = k + 16 < depth ? sign * kl_vload(row + 16) : (kl_v){0};
-                store_upper(to + r * 64, x0, x1);
-                x0 -= leading(x0);
-                x1 -= leading(x1);
-                store_upper(to + TILE + r * 64, x0, x1);
-                x0 -= leading(x0);
-                x1 -= leading(x1);
-                store_upper(to + 2 * TILE + r * 64, x0, x1);
+                kl_v h0 = rounded(x0), h1 = rounded(x1);
+                store_upper(to + r * 64, h0, h1);
+                x0 -= upper(h0);
+                x1 -= upper(h1);
+                kl_v m0 = rounded(x0), m1 = rounded(x1);
+                store_upper(to + TILE + r * 64, m0, m1);
+                if (parts == 3)
+                    store_upper(to + 2 * TILE + r * 64, x0 - upper(m0), x1 - upper(m1));
             }
+    }
 }
 
-void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed)
+void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed, int64_t strip_depth)
 {
-    char *to = packed;
+    if (terms == KL_SPLIT_SIX)
+        pack_left(3, M, depth, sign, A, ld, packed, strip_depth);
+    else
+        pack_left(2, M, depth, sign, A, ld, packed, strip_depth);
+}
+
+/* Rows k and k + 1, both there. */
+static inline __attribute__((always_inline)) void pack_right(kl_v x0, kl_v x1, char *to)
+{
+    kl_v h0 = rounded(x0), h1 = rounded(x1);
+    store_pairs(to, h0, h1);
+    x0 -= upper(h0);
+    x1 -= upper(h1);
+    kl_v m0 = rounded(x0), m1 = rounded(x1);
+    store_pairs(to + TILE, m0, m1);
+    store_pairs(to + 2 * TILE, x0 - upper(m0), x1 - upper(m1));
+}
+
+void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth)
+{
     int64_t padded = (depth + 31) / 32 * 32;
-    for (int64_t n = 0; n < N; n += 16)
-        for (int64_t k = 0; k < padded; k += 2, to += 64) {
+    for (int64_t n = 0; n < N; n += 16) {
+        char *to = (char *)packed + n / 16 * (int64_t)kl_split_bytes(16, strip_depth);
+        for (int64_t k = 0; k < padded; k += 2, to += k % 32 ? 64 : 64 + 2 * TILE) {
             float *row = B + k * ld + n;
             kl_v x0 = k < depth ? kl_vload(row) : (kl_v){0}, x1 = k + 1 < depth ? kl_vload(row + ld) : (kl_v){0};
             if (row_scale && k < depth)
                 kl_vstore(row, x0 * row_scale[k]);
             if (row_scale && k + 1 < depth)
                 kl_vstore(row + ld, x1 * row_scale[k + 1]);
-            store_pairs(to, x0, x1);
-            x0 -= leading(x0);
-            x1 -= leading(x1);
-            store_pairs(to + TILE, x0, x1);
-            x0 -= leading(x0);
-            x1 -= leading(x1);
-            store_pairs(to + 2 * TILE, x0, x1);
-            if (k % 32 == 30)
-                to += 2 * TILE; /* past the other two parts of this block */
+            pack_right(x0, x1, to);
         }
+    }
 }
 
 /* ---- products ---- */
@@ -106,25 +125,25 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
         if (rows == 2 && columns == 2) \
             _tile_dpbf16ps(3, 5, 7); \
     } while (0)
-#define LEFT(part)                                       \
+#define LEFT(part)                                        \
     do {                                                 \
         _tile_loadd(4, a + (part) * TILE, 64);           \
         if (rows == 2)                                   \
-            _tile_loadd(5, a + stride + (part) * TILE, 64); \
+            _tile_loadd(5, a + a_strip + (part) * TILE, 64); \
     } while (0)
 #define RIGHT(part)                                      \
     do {                                                 \
         _tile_loadd(6, b + (part) * TILE, 64);           \
         if (columns == 2)                                \
-            _tile_loadd(7, b + stride + (part) * TILE, 64); \
+            _tile_loadd(7, b + b_strip + (part) * TILE, 64); \
     } while (0)
 
-/* One or two tiles of rows by one or two of columns. The six products a block are walked so that each step loads one
+/* One or two tiles of rows by one or two of columns. The products of a block are walked so that each step loads one
  * operand only. */
-static inline __attribute__((always_inline)) void tiles(int rows, int columns, bool add, int64_t blocks, const char *a, const char *b,
-                                                        float *C, int64_t ld)
+static inline __attribute__((always_inline)) void tiles(kl_split_terms terms, int rows, int columns, bool add, int64_t blocks, const char *a,
+                                                        size_t a_strip, const char *b, size_t b_strip, float *C, int64_t ld, kl_ahead *ahead)
 {
-    size_t stride = (size_t)blocks * BLOCK, ld_bytes = (size_t)ld * sizeof(float);
+    size_t ld_bytes = (size_t)ld * sizeof(float);
     if (add) {
         _tile_loadd(0, C, ld_bytes);
         if (columns == 2)
@@ -140,12 +159,19 @@ static inline __attribute__((always_inline)) void tiles(int rows, int columns, b
         _tile_zero(3);
     }
     for (int64_t k = 0; k < blocks; k++, a += BLOCK, b += BLOCK) {
-        LEFT(0); RIGHT(2); MULTIPLY; /* h l */
-        RIGHT(1); MULTIPLY;          /* h m */
-        LEFT(1); MULTIPLY;           /* m m */
-        RIGHT(0); MULTIPLY;          /* m h */
-        LEFT(0); MULTIPLY;           /* h h */
-        LEFT(2); MULTIPLY;           /* l h */
+        kl_ahead_step(ahead);
+        if (terms == KL_SPLIT_SIX) {
+            LEFT(0); RIGHT(2); MULTIPLY; /* h l */
+            RIGHT(1); MULTIPLY;          /* h m */
+            LEFT(1); MULTIPLY;           /* m m */
+            RIGHT(0); MULTIPLY;          /* m h */
+            LEFT(0); MULTIPLY;           /* h h */
+            LEFT(2); MULTIPLY;           /* l h */
+        } else {
+            LEFT(0); RIGHT(1); MULTIPLY; /* h m */
+            RIGHT(0); MULTIPLY;          /* h h */
+            LEFT(1); MULTIPLY;           /* m h */
+        }
     }
     _tile_stored(0, C, ld_bytes);
     if (columns == 2)
@@ -156,22 +182,33 @@ static inline __attribute__((always_inline)) void tiles(int rows, int columns, b
         _tile_stored(3, C + 16 * ld + 16, ld_bytes);
 }
 
-void kl_split_product(bool add, int64_t M, int64_t N, int64_t depth, const void *left, const void *right, float *C, int64_t ld)
+static inline __attribute__((always_inline)) void product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const char *left, size_t a_strip,
+                                                          const char *right, size_t b_strip, float *C, int64_t ld, kl_ahead *ahead)
 {
     int64_t blocks = (depth + 31) / 32, mt = (M + 15) / 16, nt = N / 16;
     for (int64_t n = 0; n < nt; n += 2)
         for (int64_t m = 0; m < mt; m += 2) {
-            const char *a = (const char *)left + m * blocks * BLOCK, *b = (const char *)right + n * blocks * BLOCK;
+            const char *a = left + (size_t)m * a_strip, *b = right + (size_t)n * b_strip;
             float *c = C + m * 16 * ld + n * 16;
             if (m + 1 < mt && n + 1 < nt)
-                tiles(2, 2, add, blocks, a, b, c, ld);
+                tiles(terms, 2, 2, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
             else if (m + 1 < mt)
-                tiles(2, 1, add, blocks, a, b, c, ld);
+                tiles(terms, 2, 1, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
             else if (n + 1 < nt)
-                tiles(1, 2, add, blocks, a, b, c, ld);
+                tiles(terms, 1, 2, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
             else
-                tiles(1, 1, add, blocks, a, b, c, ld);
+                tiles(terms, 1, 1, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
         }
+}
+
+void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
+                      const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead)
+{
+    size_t a_strip = kl_split_bytes(16, left_depth), b_strip = kl_split_bytes(16, right_depth);
+    if (terms == KL_SPLIT_SIX)
+        product(KL_SPLIT_SIX, add, M, N, depth, left, a_strip, right, b_strip, C, ld, ahead);
+    else
+        product(KL_SPLIT_THREE, add, M, N, depth, left, a_strip, right, b_strip, C, ld, ahead);
 }
 
 #else
@@ -179,17 +216,19 @@ void kl_split_product(bool add, int64_t M, int64_t N, int64_t depth, const void 
 bool kl_split_available(void) { return false; }
 void kl_split_begin(void) {}
 void kl_split_end(void) {}
-void kl_split_left(int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed)
+void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed, int64_t strip_depth)
 {
-    (void)M, (void)depth, (void)sign, (void)A, (void)ld, (void)packed;
+    (void)terms, (void)M, (void)depth, (void)sign, (void)A, (void)ld, (void)packed, (void)strip_depth;
 }
-void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed)
+void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth)
 {
-    (void)depth, (void)N, (void)B, (void)ld, (void)row_scale, (void)packed;
+    (void)depth, (void)N, (void)B, (void)ld, (void)row_scale, (void)packed, (void)strip_depth;
 }
-void kl_split_product(bool add, int64_t M, int64_t N, int64_t depth, const void *left, const void *right, float *C, int64_t ld)
+void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
+                      const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead)
 {
-    (void)add, (void)M, (void)N, (void)depth, (void)left, (void)right, (void)C, (void)ld;
+    (void)terms, (void)add, (void)M, (void)N, (void)depth, (void)left, (void)left_depth, (void)right, (void)right_depth, (void)C, (void)ld,
+        (void)ahead;
 }
 
 #endif

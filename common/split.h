@@ -1,5 +1,5 @@
-/* Float products on a bf16 matrix unit. A float is exactly the sum of three bf16 numbers, its leading, middle and last
- * eight significant bits, h + m + l; so
+/* Float products on a bf16 matrix unit. A float is exactly the sum of three bf16 numbers: h, itself rounded, m, what that
+ * leaves rounded, and l, the rest; so
  *
  *     A B = Ah Bh + Ah Bm + Am Bh + Am Bm + Ah Bl + Al Bh + (terms below 2^-23 of |A| |B|)
  *
@@ -29,14 +29,47 @@ static inline size_t kl_split_bytes(int64_t rows, int64_t depth)
     return (size_t)((rows + 15) / 16) * (size_t)((depth + 31) / 32) * 3 * 1024;
 }
 
+/* Memory that will be read soon: rows of several matrices, asked for a few at a time while the unit works. */
+enum { KL_AHEAD_MATRICES = 8 };
+typedef struct kl_ahead {
+    struct {
+        const char *row;      /* the next one */
+        size_t stride, bytes; /* from row to row; of one */
+    } matrix[KL_AHEAD_MATRICES];
+    int matrices;
+    int64_t rows; /* still to be asked for, of each matrix */
+} kl_ahead;
+
+/* Asks for the next row of each matrix. */
+static inline void kl_ahead_step(kl_ahead *ahead)
+{
+    if (!ahead || ahead->rows <= 0)
+        return;
+    ahead->rows--;
+    for (int i = 0; i < ahead->matrices; i++) {
+        for (size_t at = 0; at < ahead->matrix[i].bytes; at += 64)
+            __builtin_prefetch(ahead->matrix[i].row + at, 0, 2);
+        ahead->matrix[i].row += ahead->matrix[i].stride;
+    }
+}
+
+/* How many of the products of parts above are made. With three, the parts being rounded, the error is about 2^-18 of
+ * |A| |B|; for results that nothing else is computed from. */
+typedef enum kl_split_terms { KL_SPLIT_THREE, KL_SPLIT_SIX } kl_split_terms;
+
+/* An operand is packed in strips of 16 rows (of a left one) or columns (of a right one), strip_depth of the summed index
+ * long: `depth` or more. Work on a part of a deeper operand begins kl_split_bytes(16, k) after its start, k a multiple of 32. */
+
 /* The left operand: sign times A [M,depth], rows `ld` apart, depth a multiple of 16 (padded to 32 with zeros). Rows
- * beyond M up to a multiple of 16 must be readable and may be anything: they make rows of the product that nobody reads. */
-void kl_split_left(int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed);
+ * beyond M up to a multiple of 16 must be readable and may be anything: they make rows of the product that nobody reads.
+ * For KL_SPLIT_THREE the last part is left out. */
+void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed, int64_t strip_depth);
 /* The right operand: B [depth,N], rows `ld` apart, N a multiple of 16; rows from depth up to a multiple of 32 count as 0.
  * row_scale, when given, then multiplies B in place: B <- Diag(row_scale) B. */
-void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed);
-/* C = A B, or C += A B: C [M padded to 16, N], rows `ld` apart. */
-void kl_split_product(bool add, int64_t M, int64_t N, int64_t depth, const void *left, const void *right, float *C, int64_t ld);
+void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth);
+/* C = A B, or C += A B: C [M padded to 16, N], rows `ld` apart. ahead: what to ask for meanwhile, or NULL. */
+void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
+                      const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead);
 
 #ifdef __cplusplus
 }

@@ -5,10 +5,12 @@
 #include "common/tile.h"
 #include "kda/cpu/gates.h"
 
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 kda_panel kda_panel_make(const kda_problem *p, int64_t n, int64_t hv, int64_t v0, int64_t columns, bool split)
 {
     int64_t Kp = kl_tile_pad(p->K);
-    return (kda_panel){p, n, hv, v0, columns, kda_chunk_tokens(p), Kp, kl_tile_pad(columns), kda_leading(Kp), split};
+    return (kda_panel){p, n, hv, v0, columns, kda_chunk_tokens(p), Kp, kl_tile_pad(columns), kda_leading(Kp), kl_tile_pad(columns), split};
 }
 
 bool kda_chunk_splits(const kda_problem *p) { return p->K >= 32 && p->V >= 32 && kl_split_available(); }
@@ -36,21 +38,53 @@ kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p)
     x.level.across = KL_TAKE(a, float, Kp * (C / 2));
     x.whole = KL_TAKE(a, float, Kp);
     x.beta = KL_TAKE(a, float, C);
-    x.u = KL_TAKE(a, float, C * Vp);
-    x.o = KL_TAKE(a, float, C * Vp);
+    x.u = KL_TAKE(a, float, C * kda_leading(Vp));
+    x.o = KL_TAKE(a, float, C * kda_leading(Vp));
     x.Aqk = KL_TAKE(a, float, C * C);
     x.Akk = KL_TAKE(a, float, C * C);
-    size_t keys_by_tokens = kl_split_bytes(C, Kp), tokens_by_keys = kl_split_bytes(Kp, C);
-    x.rows = KL_TAKE(a, char, keys_by_tokens > tokens_by_keys ? keys_by_tokens : tokens_by_keys);
-    x.state = KL_TAKE(a, char, kl_split_bytes(Vp, Kp));
-    x.corrections = KL_TAKE(a, char, kl_split_bytes(Vp, C));
+    x.packed.kg = KL_TAKE(a, char, kl_split_bytes(C, Kp));
+    x.packed.qg = KL_TAKE(a, char, kl_split_bytes(C, Kp));
+    x.packed.ke = KL_TAKE(a, char, kl_split_bytes(Kp, C));
+    x.packed.Akk = KL_TAKE(a, char, kl_split_bytes(C, C));
+    x.packed.Aqk = KL_TAKE(a, char, kl_split_bytes(C, C));
+    x.packed.S = KL_TAKE(a, char, kl_split_bytes(KDA_PIECE, Kp));
+    x.packed.u = KL_TAKE(a, char, kl_split_bytes(KDA_PIECE, C));
+    x.level.packed_left = x.packed.kg; /* packed after the levels are done */
+    x.level.packed_right = x.packed.qg;
+    x.level.split = kda_chunk_splits(p);
+    x.level.ahead = NULL;
+    x.ahead = (kl_ahead){.rows = 0};
     return x;
+}
+
+void kda_chunk_look_ahead(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x)
+{
+    const kda_problem *p = w->p;
+    int64_t h = w->hv / (p->HV / p->H);
+    struct {
+        const void *tensor;
+        int64_t stride, width, first, columns;
+    } next[] = {
+        {p->q, p->q_stride, p->H * p->K, h * p->K, p->K},
+        {p->k, p->k_stride, p->H * p->K, h * p->K, p->K},
+        {p->G ? p->g : NULL, p->g_stride, p->HV * p->G, w->hv * p->G, p->G},
+        {p->v, p->v_stride, p->HV * p->V, w->hv * p->V + w->v0, w->columns},
+    };
+    x->ahead = (kl_ahead){.rows = count};
+    for (size_t i = 0; i < sizeof next / sizeof *next; i++) {
+        if (!next[i].tensor)
+            continue;
+        int64_t stride = kda_stride(next[i].stride, next[i].width);
+        x->ahead.matrix[x->ahead.matrices].row = (const char *)((const float *)next[i].tensor + t * stride + next[i].first);
+        x->ahead.matrix[x->ahead.matrices].stride = (size_t)stride * sizeof(float);
+        x->ahead.matrix[x->ahead.matrices++].bytes = (size_t)next[i].columns * sizeof(float);
+    }
 }
 
 void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x)
 {
     const kda_problem *p = w->p;
-    int64_t K = p->K, Kl = w->Kl, Vp = w->Vp, h = w->hv / (p->HV / p->H);
+    int64_t K = p->K, Kl = w->Kl, Vp = w->Vp, Vl = w->Vl, h = w->hv / (p->HV / p->H);
     int64_t q_stride = kda_stride(p->q_stride, p->H * K), k_stride = kda_stride(p->k_stride, p->H * K);
     int64_t v_stride = kda_stride(p->v_stride, p->HV * p->V), g_stride = kda_stride(p->g_stride, p->HV * p->G);
     int64_t beta_stride = kda_stride(p->beta_stride, p->HV);
@@ -60,7 +94,7 @@ void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x)
         kda_unit_row(p->qk_l2norm, K, 1.0f, (const float *)p->k + t * k_stride + h * K, x->k + i * Kl);
         kda_decay_row(p, w->hv, p->G ? (const float *)p->g + t * g_stride + w->hv * p->G : NULL, x->decay + i * Kl);
         x->beta[i] = kda_beta_value(p->beta_kind, ((const float *)p->beta)[t * beta_stride + w->hv]);
-        float *u = x->u + i * Vp;
+        float *u = x->u + i * Vl;
         memcpy(u, (const float *)p->v + t * v_stride + w->hv * p->V + w->v0, (size_t)w->columns * sizeof(float));
         memset(u + w->columns, 0, (size_t)(Vp - w->columns) * sizeof(float));
     }
@@ -87,60 +121,121 @@ void kda_chunk_prepare_write(const kda_panel *w, int64_t count, kda_chunk *x)
     kda_to_end(t, x->k, x->ke, x->whole);
 }
 
-void kda_chunk_take_state(const kda_panel *w, float *S, bool written, kda_chunk *x)
-{
-    if (w->split)
-        kl_split_right(w->Kp, w->Vp, S, w->Vp, written ? x->whole : NULL, x->state);
-}
+/* ---- with the state ---- */
 
-void kda_chunk_correct(const kda_panel *w, int64_t count, const float *S, kda_chunk *x, float *residual)
+/* u_i = beta_i (v_i - S^T kg_i - sum_{j<i} Akk[i,j] u_j), or beta_i v_i */
+static void correct(const kda_panel *w, int64_t count, const float *S, kda_chunk *x, float *residual)
 {
-    int64_t C = w->C, Kp = w->Kp, Vp = w->Vp;
-    if (w->p->no_delta) {
-        /* u = beta v */
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < Vp; j++) {
-                if (residual)
-                    residual[i * Vp + j] = x->u[i * Vp + j];
-                x->u[i * Vp + j] *= x->beta[i];
-            }
+    int64_t Vp = w->Vp, Vl = w->Vl;
+    if (!w->p->no_delta) {
+        kl_tile_gemm(KL_TILE_SUB, count, Vp, w->Kp, x->kg, w->Kl, 1, S, Vl, NULL, x->u, Vl);
+        kda_solve_lower(count, Vp, x->Akk, w->C, x->beta, x->u, residual, Vl);
         return;
     }
-    /* u_i = beta_i (v_i - S^T kg_i - sum_{j<i} Akk[i,j] u_j) */
-    if (w->split) {
-        kl_split_left(count, Kp, -1.0f, x->kg, w->Kl, x->rows);
-        kl_split_product(true, count, Vp, Kp, x->rows, x->state, x->u, Vp);
-    } else {
-        kl_tile_gemm(KL_TILE_SUB, count, Vp, Kp, x->kg, w->Kl, 1, S, Vp, NULL, x->u, Vp);
-    }
-    kda_solve_lower(count, Vp, x->Akk, C, x->beta, x->u, residual, Vp);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < Vp; j++) {
+            if (residual)
+                residual[i * Vl + j] = x->u[i * Vl + j];
+            x->u[i * Vl + j] *= x->beta[i];
+        }
 }
 
-void kda_chunk_read(const kda_panel *w, int64_t count, const float *S, kda_chunk *x)
+/* o_i = S^T qg_i + sum_{j<=i} Aqk[i,j] u_j */
+static void read(const kda_panel *w, int64_t count, const float *S, kda_chunk *x)
 {
-    int64_t C = w->C, Kp = w->Kp, Vp = w->Vp;
-    /* o_i = S^T qg_i + sum_{j<=i} Aqk[i,j] u_j */
-    if (w->split) {
-        kl_split_left(count, Kp, 1.0f, x->qg, w->Kl, x->rows);
-        kl_split_product(false, count, Vp, Kp, x->rows, x->state, x->o, Vp);
-    } else {
-        kl_tile_gemm(KL_TILE_SET, count, Vp, Kp, x->qg, w->Kl, 1, S, Vp, NULL, x->o, Vp);
-    }
-    kda_apply_lower(count, Vp, false, x->Aqk, C, x->u, x->o, Vp);
+    kl_tile_gemm(KL_TILE_SET, count, w->Vp, w->Kp, x->qg, w->Kl, 1, S, w->Vl, NULL, x->o, w->Vl);
+    kda_apply_lower(count, w->Vp, false, x->Aqk, w->C, x->u, x->o, w->Vl);
 }
 
-void kda_chunk_write(const kda_panel *w, int64_t count, kda_chunk *x, float *S)
+/* S <- Diag(P(-1->end)) S + ke^T u */
+static void write(const kda_panel *w, int64_t count, kda_chunk *x, float *S)
 {
-    int64_t Kp = w->Kp, Kl = w->Kl, Vp = w->Vp, padded = kl_tile_pad(count);
-    /* S <- Diag(P(-1->end)) S + ke^T u */
-    if (w->split) {
-        float *across = x->kg; /* ke^T [Kp,padded]; kg has been read */
+    kl_tile_gemm(KL_TILE_ADD, w->Kp, w->Vp, count, x->ke, 1, w->Kl, x->u, w->Vl, x->whole, S, w->Vl);
+}
+
+/* ---- the same on the matrix unit: left operands once, then piece by piece of the columns ---- */
+
+/* The columns before each group of rows. */
+static void pack_lower(kl_split_terms terms, int64_t count, int64_t C, float sign, const float *A, char *packed)
+{
+    for (int64_t i = KDA_GROUP; i < count; i += KDA_GROUP)
+        kl_split_left(terms, smaller(KDA_GROUP, count - i), i, sign, A + i * C, C, packed + kl_split_bytes(i, C), C);
+}
+
+static void pack(const kda_panel *w, int64_t count, unsigned wanted, kda_chunk *x)
+{
+    int64_t C = w->C, Kp = w->Kp, Kl = w->Kl, padded = kl_tile_pad(count);
+    if (!w->p->no_delta) {
+        kl_split_left(KL_SPLIT_SIX, count, Kp, -1.0f, x->kg, Kl, x->packed.kg, Kp);
+        pack_lower(KL_SPLIT_SIX, count, C, -1.0f, x->Akk, x->packed.Akk);
+    }
+    if (wanted & KDA_READ) {
+        kl_split_left(KL_SPLIT_THREE, count, Kp, 1.0f, x->qg, Kl, x->packed.qg, Kp);
+        pack_lower(KL_SPLIT_THREE, count, C, 1.0f, x->Aqk, x->packed.Aqk);
+    }
+    if (wanted & KDA_WRITE) {
+        float *across = x->kg; /* ke^T [Kp,padded] */
         memset(x->ke + count * Kl, 0, (size_t)((padded - count) * Kl) * sizeof(float));
         kl_tile_transpose(padded, Kp, x->ke, Kl, across, padded);
-        kl_split_left(Kp, padded, 1.0f, across, padded, x->rows);
-        kl_split_right(count, Vp, x->u, Vp, NULL, x->corrections);
-        kl_split_product(true, Kp, Vp, padded, x->rows, x->corrections, S, Vp);
-    } else {
-        kl_tile_gemm(KL_TILE_ADD, Kp, Vp, count, x->ke, 1, Kl, x->u, Vp, x->whole, S, Vp);
+        kl_split_left(KL_SPLIT_SIX, Kp, padded, 1.0f, across, padded, x->packed.ke, C);
+    }
+}
+
+/* u of a piece, packed group by group as it comes: a group needs those before it. */
+static void correct_piece(const kda_panel *w, int64_t columns, int64_t count, kda_chunk *x, float *u, float *residual)
+{
+    int64_t C = w->C, Kp = w->Kp, Vl = w->Vl;
+    if (!w->p->no_delta)
+        kl_split_product(KL_SPLIT_SIX, true, count, columns, Kp, x->packed.kg, Kp, x->packed.S, Kp, u, Vl, &x->ahead);
+    for (int64_t i = 0; i < count; i += KDA_GROUP) {
+        int64_t n = smaller(KDA_GROUP, count - i);
+        float *ui = u + i * Vl;
+        if (w->p->no_delta) {
+            for (int64_t r = 0; r < n; r++)
+                for (int64_t j = 0; j < columns; j++) {
+                    if (residual)
+                        residual[(i + r) * Vl + j] = ui[r * Vl + j];
+                    ui[r * Vl + j] *= x->beta[i + r];
+                }
+        } else {
+            if (i)
+                kl_split_product(KL_SPLIT_SIX, true, n, columns, i, x->packed.Akk + kl_split_bytes(i, C), C, x->packed.u, C, ui, Vl, &x->ahead);
+            kda_solve_lower(n, columns, x->Akk + i * C + i, C, x->beta + i, ui, residual ? residual + i * Vl : NULL, Vl);
+        }
+        kl_split_right(n, columns, ui, Vl, NULL, x->packed.u + kl_split_bytes(16, i), C);
+    }
+}
+
+static void read_piece(const kda_panel *w, int64_t columns, int64_t count, kda_chunk *x, const float *u, float *o)
+{
+    int64_t C = w->C, Kp = w->Kp, Vl = w->Vl;
+    kl_split_product(KL_SPLIT_THREE, false, count, columns, Kp, x->packed.qg, Kp, x->packed.S, Kp, o, Vl, &x->ahead);
+    for (int64_t i = 0; i < count; i += KDA_GROUP) {
+        int64_t n = smaller(KDA_GROUP, count - i);
+        if (i)
+            kl_split_product(KL_SPLIT_THREE, true, n, columns, i, x->packed.Aqk + kl_split_bytes(i, C), C, x->packed.u, C, o + i * Vl, Vl, &x->ahead);
+        kda_apply_lower(n, columns, false, x->Aqk + i * C + i, C, u + i * Vl, o + i * Vl, Vl);
+    }
+}
+
+void kda_chunk_apply(const kda_panel *w, int64_t count, unsigned wanted, float *S, kda_chunk *x, float *residual)
+{
+    if (!w->split) {
+        correct(w, count, S, x, residual);
+        if (wanted & KDA_READ)
+            read(w, count, S, x);
+        if (wanted & KDA_WRITE)
+            write(w, count, x, S);
+        return;
+    }
+    pack(w, count, wanted, x);
+    for (int64_t v = 0; v < w->Vp; v += KDA_PIECE) {
+        int64_t columns = smaller(KDA_PIECE, w->Vp - v);
+        kl_split_right(w->Kp, columns, S + v, w->Vl, wanted & KDA_WRITE ? x->whole : NULL, x->packed.S, w->Kp);
+        correct_piece(w, columns, count, x, x->u + v, residual ? residual + v : NULL);
+        if (wanted & KDA_READ)
+            read_piece(w, columns, count, x, x->u + v, x->o + v);
+        if (wanted & KDA_WRITE)
+            kl_split_product(KL_SPLIT_SIX, true, w->Kp, columns, kl_tile_pad(count), x->packed.ke, w->C, x->packed.u, w->C, S + v, w->Vl, &x->ahead);
     }
 }

@@ -14,6 +14,7 @@ typedef struct kda_panel {
     int64_t n, hv, v0, columns;
     int64_t C, Kp, Vp; /* tokens a chunk; K and columns padded to 16 */
     int64_t Kl;        /* from row to row of [C,Kp] scratch */
+    int64_t Vl;        /* and of S, u and o */
     bool split;        /* products with the state go through the matrix unit */
 } kda_panel;
 
@@ -23,7 +24,7 @@ bool kda_chunk_splits(const kda_problem *p);
 /* For each sequence the number of chunks before it. */
 void kda_first_chunks(const kda_problem *p, int64_t *first_chunk);
 
-/* Scratch of one thread. Matrices over K have rows w->Kl apart. */
+/* Scratch of one thread. Matrices over K have rows w->Kl apart, those over V w->Vl. */
 typedef struct kda_chunk {
     float *q, *k, *decay; /* [C,Kp] q normalised and scaled, k normalised, e^g */
     float *qg, *kg, *ke;  /* [C,Kp] q P(-1->i), k P(-1->i), k P(i->end) */
@@ -32,23 +33,29 @@ typedef struct kda_chunk {
     float *u, *o;         /* [C,Vp] */
     float *Aqk, *Akk;     /* [C,C]; upper triangles are never read */
     kda_level_scratch level;
-    char *rows, *state, *corrections; /* packed: kg, qg or ke^T; S; u */
+    struct {
+        char *kg, *qg, *ke, *Akk, *Aqk; /* left operands; ke is [Kp,C] */
+        char *S, *u;                    /* right operands, KDA_PIECE columns at a time */
+    } packed;
+    kl_ahead ahead; /* what the next chunk will load */
 } kda_chunk;
 
+/* On the matrix unit so many columns of V are taken from u to the next state at a time: their state, packed and not,
+ * then stays in the first cache. Within a chunk it works on groups of so many tokens. */
+enum { KDA_PIECE = 32, KDA_GROUP = 32 };
+
 kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p);
+/* What is to be loaded next: asked for while the chunk before it is worked on. */
+void kda_chunk_look_ahead(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x);
 /* q, k, decay, beta, and v into u, of tokens [t, t + count). */
 void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x);
 /* All that the state does not enter: qg, kg, ke, whole, Aqk, Akk. */
 void kda_chunk_prepare(const kda_panel *w, int64_t count, kda_chunk *x);
 /* Of that only what the state after the chunk needs: kg, ke, whole, Akk. */
 void kda_chunk_prepare_write(const kda_panel *w, int64_t count, kda_chunk *x);
-/* The state S [Kp,Vp] before the chunk, for the three that follow. When it will be written, S <- Diag(whole) S. */
-void kda_chunk_take_state(const kda_panel *w, float *S, bool written, kda_chunk *x);
-/* u from v; residual [C,Vp], when wanted, is u before beta. */
-void kda_chunk_correct(const kda_panel *w, int64_t count, const float *S, kda_chunk *x, float *residual);
-/* o from u. */
-void kda_chunk_read(const kda_panel *w, int64_t count, const float *S, kda_chunk *x);
-/* The state after the chunk. */
-void kda_chunk_write(const kda_panel *w, int64_t count, kda_chunk *x, float *S);
+/* With the state S [Kp,Vp] before the chunk: u from v (residual [C,Vp], when wanted, is u before beta); then, as wanted,
+ * o from u, and S becomes the state after the chunk (which spoils kg). */
+enum { KDA_READ = 1, KDA_WRITE = 2 };
+void kda_chunk_apply(const kda_panel *w, int64_t count, unsigned wanted, float *S, kda_chunk *x, float *residual);
 
 #endif

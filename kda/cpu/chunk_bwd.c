@@ -70,9 +70,7 @@ static void advance(const kda_panel *w, kda_span span, int64_t first, int64_t la
         int64_t count = tokens_in(w, span, c);
         kda_chunk_load(w, span.begin + c * w->C, count, &s->chunk);
         kda_chunk_prepare_write(w, count, &s->chunk);
-        kda_chunk_take_state(w, s->S, true, &s->chunk);
-        kda_chunk_correct(w, count, s->S, &s->chunk, NULL);
-        kda_chunk_write(w, count, &s->chunk, s->S);
+        kda_chunk_apply(w, count, KDA_WRITE, s->S, &s->chunk, NULL);
     }
 }
 
@@ -250,8 +248,7 @@ static void chunk_backward(const kda_panel *w, const kda_grads *g, int64_t t, in
     kda_chunk *x = &s->chunk;
     kda_chunk_load(w, t, count, x);
     kda_chunk_prepare(w, count, x);
-    kda_chunk_take_state(w, S, false, x);
-    kda_chunk_correct(w, count, S, x, s->residual);
+    kda_chunk_apply(w, count, 0, S, x, s->residual);
     load_upstream(w, g, t, count, s->d_o);
     correction_backward(w, count, s);
     store_values(w, g, t, count, s);

@@ -13,7 +13,7 @@ typedef struct scratch {
 static scratch take_scratch(kl_arena *a, const kda_problem *p)
 {
     scratch s = {.chunk = kda_chunk_take(a, p)};
-    s.S = KL_TAKE(a, float, kl_tile_pad(p->K) * kl_tile_pad(p->V));
+    s.S = KL_TAKE(a, float, kl_tile_pad(p->K) * kda_leading(kl_tile_pad(p->V)));
     return s;
 }
 
@@ -22,7 +22,7 @@ static void store_output(const kda_panel *w, int64_t t, int64_t count, const flo
     const kda_problem *p = w->p;
     int64_t stride = kda_stride(p->o_stride, p->HV * p->V);
     for (int64_t i = 0; i < count; i++)
-        memcpy((float *)p->o + (t + i) * stride + w->hv * p->V + w->v0, o + i * w->Vp, (size_t)w->columns * sizeof(float));
+        memcpy((float *)p->o + (t + i) * stride + w->hv * p->V + w->v0, o + i * w->Vl, (size_t)w->columns * sizeof(float));
 }
 
 static void run_panel(const kda_panel *w, int64_t first_chunk, scratch *s)
@@ -30,22 +30,22 @@ static void run_panel(const kda_panel *w, int64_t first_chunk, scratch *s)
     const kda_problem *p = w->p;
     int64_t K = p->K, V = p->V, size = K * V, head = kda_slot(p, w->n) * p->HV + w->hv;
     kda_span span = kda_sequence(p->T, p->cu_seqlens, w->n);
-    kda_state_load(p->state_layout, K, V, p->h0 ? (const float *)p->h0 + head * size : NULL, w->v0, w->columns, w->Kp, s->S, w->Vp);
+    kda_state_load(p->state_layout, K, V, p->h0 ? (const float *)p->h0 + head * size : NULL, w->v0, w->columns, w->Kp, s->S, w->Vl);
     for (int64_t i = 0; i < span.length; i += w->C) {
         int64_t t = span.begin + i, count = span.length - i < w->C ? span.length - i : w->C;
         if (p->chunk_states)
-            kda_state_store(p->state_layout, K, V, s->S, w->Vp, w->v0, w->columns,
+            kda_state_store(p->state_layout, K, V, s->S, w->Vl, w->v0, w->columns,
                             p->chunk_states + ((first_chunk + i / w->C) * p->HV + w->hv) * size);
         kda_chunk_load(w, t, count, &s->chunk);
         kda_chunk_prepare(w, count, &s->chunk);
-        kda_chunk_take_state(w, s->S, true, &s->chunk);
-        kda_chunk_correct(w, count, s->S, &s->chunk, NULL);
-        kda_chunk_read(w, count, s->S, &s->chunk);
-        kda_chunk_write(w, count, &s->chunk, s->S);
+        int64_t next = i + w->C, left = span.length - next;
+        if (left > 0)
+            kda_chunk_look_ahead(w, span.begin + next, left < w->C ? left : w->C, &s->chunk);
+        kda_chunk_apply(w, count, KDA_READ | KDA_WRITE, s->S, &s->chunk, NULL);
         store_output(w, t, count, s->chunk.o);
     }
     if (p->ht)
-        kda_state_store(p->state_layout, K, V, s->S, w->Vp, w->v0, w->columns, (float *)p->ht + head * size);
+        kda_state_store(p->state_layout, K, V, s->S, w->Vl, w->v0, w->columns, (float *)p->ht + head * size);
 }
 
 static size_t scratch_bytes(const kda_problem *p)
@@ -90,6 +90,7 @@ kl_status kda_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspac
             if (v0 >= p->V)
                 continue;
             kda_panel w = kda_panel_make(p, n, head % p->HV, v0, p->V - v0 < width ? p->V - v0 : width, split);
+            w.Vl = kda_leading(w.Vp);
             run_panel(&w, first_chunk[n], &s);
         }
         if (split)
