@@ -31,6 +31,15 @@ enum { KL_LANES = 16 };
 
 static inline kl_v kl_vload(const float *p) { return *(const kl_v_unaligned *)p; }
 static inline void kl_vstore(float *p, kl_v x) { *(kl_v_unaligned *)p = x; }
+/* To whole cache lines (p a multiple of 64 bytes) that will not be read soon. Ordered by the end of a parallel region. */
+static inline void kl_vstore_past(float *p, kl_v x)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#else
+    kl_vstore(p, x);
+#endif
+}
 static inline kl_v kl_vset(float x) { return x - (kl_v){0}; }
 
 /* The first n <= 16 elements; the others read as 0 and are never touched in memory. */

@@ -34,58 +34,19 @@ void kl_split_end(void) { _tile_release(); }
 
 /* ---- packing ---- */
 
-typedef uint16_t halves __attribute__((vector_size(64)));
-
 /* Bits whose upper half is x rounded to bf16: half an ulp is added to the magnitude. A NaN of all ones becomes zero here
  * and stays a NaN in what is left. */
 static inline kl_v rounded(kl_v x) { return (kl_v)((kl_vu)x + 0x8000u); }
 static inline kl_v upper(kl_v x) { return (kl_v)((kl_vu)x & 0xffff0000u); }
 
-/* The upper halves of the lanes of x0, then of x1. */
-static inline void store_upper(char *to, kl_v x0, kl_v x1)
-{
-    halves packed = __builtin_shufflevector((halves)x0, (halves)x1, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35,
-                                            37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
-    *(halves *)to = packed;
-}
-
-/* The upper halves of the lanes of x0 and x1 side by side. */
+/* The unit sums over pairs of neighbours. Which two are neighbours is free as long as both operands agree: here indices k
+ * and k + 16 of each 32, so that neither needs more than a shift and a blend. Upper halves of the lanes of x0 and x1: */
 static inline void store_pairs(char *to, kl_v x0, kl_v x1)
 {
     *(kl_vu *)to = ((kl_vu)x1 & 0xffff0000u) | ((kl_vu)x0 >> 16);
 }
 
-static inline __attribute__((always_inline)) void pack_left(int parts, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, char *packed,
-                                                            int64_t strip_depth)
-{
-    for (int64_t m = 0; m < M; m += 16, packed += kl_split_bytes(16, strip_depth)) {
-        char *to = packed;
-        for (int64_t k = 0; k < depth; k += 32, to += BLOCK)
-            for (int64_t r = 0; r < 16; r++) {
-                const float *row = A + (m + r) * ld + k;
-                kl_v x0 = sign * kl_vload(row), x1 = k + 16 < depth ? sign * kl_vload(row + 16) : (kl_v){0};
-                kl_v h0 = rounded(x0), h1 = rounded(x1);
-                store_upper(to + r * 64, h0, h1);
-                x0 -= upper(h0);
-                x1 -= upper(h1);
-                kl_v m0 = rounded(x0), m1 = rounded(x1);
-                store_upper(to + TILE + r * 64, m0, m1);
-                if (parts == 3)
-                    store_upper(to + 2 * TILE + r * 64, x0 - upper(m0), x1 - upper(m1));
-            }
-    }
-}
-
-void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed, int64_t strip_depth)
-{
-    if (terms == KL_SPLIT_SIX)
-        pack_left(3, M, depth, sign, A, ld, packed, strip_depth);
-    else
-        pack_left(2, M, depth, sign, A, ld, packed, strip_depth);
-}
-
-/* Rows k and k + 1, both there. */
-static inline __attribute__((always_inline)) void pack_right(kl_v x0, kl_v x1, char *to)
+static inline __attribute__((always_inline)) void pack_parts(int parts, kl_v x0, kl_v x1, char *to)
 {
     kl_v h0 = rounded(x0), h1 = rounded(x1);
     store_pairs(to, h0, h1);
@@ -93,7 +54,36 @@ static inline __attribute__((always_inline)) void pack_right(kl_v x0, kl_v x1, c
     x1 -= upper(h1);
     kl_v m0 = rounded(x0), m1 = rounded(x1);
     store_pairs(to + TILE, m0, m1);
-    store_pairs(to + 2 * TILE, x0 - upper(m0), x1 - upper(m1));
+    if (parts == 3)
+        store_pairs(to + 2 * TILE, x0 - upper(m0), x1 - upper(m1));
+}
+
+static inline __attribute__((always_inline)) void pack_left(int parts, bool negative, int64_t M, int64_t depth, const float *A, int64_t ld, char *packed,
+                                                            int64_t strip_depth)
+{
+    for (int64_t m = 0; m < M; m += 16, packed += kl_split_bytes(16, strip_depth)) {
+        char *to = packed;
+        for (int64_t k = 0; k < depth; k += 32, to += BLOCK)
+            for (int64_t r = 0; r < 16; r++) {
+                const float *row = A + (m + r) * ld + k;
+                kl_v x0 = kl_vload(row), x1 = k + 16 < depth ? kl_vload(row + 16) : (kl_v){0};
+                if (negative) {
+                    x0 = -x0;
+                    x1 = -x1;
+                }
+                pack_parts(parts, x0, x1, to + r * 64);
+            }
+    }
+}
+
+void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, bool negative, const float *A, int64_t ld, void *packed, int64_t strip_depth)
+{
+    if (terms == KL_SPLIT_SIX && negative)
+        pack_left(3, true, M, depth, A, ld, packed, strip_depth);
+    else if (terms == KL_SPLIT_SIX)
+        pack_left(3, false, M, depth, A, ld, packed, strip_depth);
+    else
+        pack_left(2, negative, M, depth, A, ld, packed, strip_depth);
 }
 
 void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth)
@@ -101,15 +91,17 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
     int64_t padded = (depth + 31) / 32 * 32;
     for (int64_t n = 0; n < N; n += 16) {
         char *to = (char *)packed + n / 16 * (int64_t)kl_split_bytes(16, strip_depth);
-        for (int64_t k = 0; k < padded; k += 2, to += k % 32 ? 64 : 64 + 2 * TILE) {
-            float *row = B + k * ld + n;
-            kl_v x0 = k < depth ? kl_vload(row) : (kl_v){0}, x1 = k + 1 < depth ? kl_vload(row + ld) : (kl_v){0};
-            if (row_scale && k < depth)
-                kl_vstore(row, x0 * row_scale[k]);
-            if (row_scale && k + 1 < depth)
-                kl_vstore(row + ld, x1 * row_scale[k + 1]);
-            pack_right(x0, x1, to);
-        }
+        for (int64_t k = 0; k < padded; k += 32, to += BLOCK)
+            for (int64_t r = 0; r < 16; r++) {
+                int64_t k0 = k + r, k1 = k0 + 16;
+                float *row0 = B + k0 * ld + n, *row1 = B + k1 * ld + n;
+                kl_v x0 = k0 < depth ? kl_vload(row0) : (kl_v){0}, x1 = k1 < depth ? kl_vload(row1) : (kl_v){0};
+                if (row_scale && k0 < depth)
+                    kl_vstore(row0, x0 * row_scale[k0]);
+                if (row_scale && k1 < depth)
+                    kl_vstore(row1, x1 * row_scale[k1]);
+                pack_parts(3, x0, x1, to + r * 64);
+            }
     }
 }
 
@@ -117,6 +109,7 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
 
 #define MULTIPLY               \
     do {                       \
+        kl_ahead_step(ahead);  \
         _tile_dpbf16ps(0, 4, 6); \
         if (columns == 2)      \
             _tile_dpbf16ps(1, 4, 7); \
@@ -159,7 +152,6 @@ static inline __attribute__((always_inline)) void tiles(kl_split_terms terms, in
         _tile_zero(3);
     }
     for (int64_t k = 0; k < blocks; k++, a += BLOCK, b += BLOCK) {
-        kl_ahead_step(ahead);
         if (terms == KL_SPLIT_SIX) {
             LEFT(0); RIGHT(2); MULTIPLY; /* h l */
             RIGHT(1); MULTIPLY;          /* h m */
@@ -216,9 +208,9 @@ void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int6
 bool kl_split_available(void) { return false; }
 void kl_split_begin(void) {}
 void kl_split_end(void) {}
-void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed, int64_t strip_depth)
+void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, bool negative, const float *A, int64_t ld, void *packed, int64_t strip_depth)
 {
-    (void)terms, (void)M, (void)depth, (void)sign, (void)A, (void)ld, (void)packed, (void)strip_depth;
+    (void)terms, (void)M, (void)depth, (void)negative, (void)A, (void)ld, (void)packed, (void)strip_depth;
 }
 void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth)
 {

@@ -29,28 +29,33 @@ static inline size_t kl_split_bytes(int64_t rows, int64_t depth)
     return (size_t)((rows + 15) / 16) * (size_t)((depth + 31) / 32) * 3 * 1024;
 }
 
-/* Memory that will be read soon: rows of several matrices, asked for a few at a time while the unit works. */
-enum { KL_AHEAD_MATRICES = 8 };
+/* Memory that will be read soon: rows of several matrices, asked for a few lines at a time while the unit works, so that
+ * the requests never stand in the way of its own. */
+enum { KL_AHEAD_MATRICES = 4, KL_AHEAD_BYTES = 256 };
 typedef struct kl_ahead {
     struct {
         const char *row;      /* the next one */
         size_t stride, bytes; /* from row to row; of one */
     } matrix[KL_AHEAD_MATRICES];
-    int matrices;
+    int matrices, current;
+    size_t at;    /* in the current matrix's row */
     int64_t rows; /* still to be asked for, of each matrix */
 } kl_ahead;
 
-/* Asks for the next row of each matrix. */
 static inline void kl_ahead_step(kl_ahead *ahead)
 {
     if (!ahead || ahead->rows <= 0)
         return;
-    ahead->rows--;
-    for (int i = 0; i < ahead->matrices; i++) {
-        for (size_t at = 0; at < ahead->matrix[i].bytes; at += 64)
-            __builtin_prefetch(ahead->matrix[i].row + at, 0, 2);
-        ahead->matrix[i].row += ahead->matrix[i].stride;
-    }
+    const char *next = ahead->matrix[ahead->current].row + ahead->at;
+    for (int i = 0; i < KL_AHEAD_BYTES; i += 64)
+        __builtin_prefetch(next + i, 0, 2);
+    ahead->at += KL_AHEAD_BYTES;
+    if (ahead->at < ahead->matrix[ahead->current].bytes)
+        return;
+    ahead->at = 0;
+    ahead->matrix[ahead->current].row += ahead->matrix[ahead->current].stride;
+    ahead->current = ahead->current + 1 < ahead->matrices ? ahead->current + 1 : 0;
+    ahead->rows -= ahead->current == 0;
 }
 
 /* How many of the products of parts above are made. With three, the parts being rounded, the error is about 2^-18 of
@@ -60,10 +65,10 @@ typedef enum kl_split_terms { KL_SPLIT_THREE, KL_SPLIT_SIX } kl_split_terms;
 /* An operand is packed in strips of 16 rows (of a left one) or columns (of a right one), strip_depth of the summed index
  * long: `depth` or more. Work on a part of a deeper operand begins kl_split_bytes(16, k) after its start, k a multiple of 32. */
 
-/* The left operand: sign times A [M,depth], rows `ld` apart, depth a multiple of 16 (padded to 32 with zeros). Rows
+/* The left operand: A, or -A, [M,depth], rows `ld` apart, depth a multiple of 16 (padded to 32 with zeros). Rows
  * beyond M up to a multiple of 16 must be readable and may be anything: they make rows of the product that nobody reads.
  * For KL_SPLIT_THREE the last part is left out. */
-void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, float sign, const float *A, int64_t ld, void *packed, int64_t strip_depth);
+void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, bool negative, const float *A, int64_t ld, void *packed, int64_t strip_depth);
 /* The right operand: B [depth,N], rows `ld` apart, N a multiple of 16; rows from depth up to a multiple of 32 count as 0.
  * row_scale, when given, then multiplies B in place: B <- Diag(row_scale) B. */
 void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth);

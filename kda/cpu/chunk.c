@@ -156,28 +156,28 @@ static void write(const kda_panel *w, int64_t count, kda_chunk *x, float *S)
 /* ---- the same on the matrix unit: left operands once, then piece by piece of the columns ---- */
 
 /* The columns before each group of rows. */
-static void pack_lower(kl_split_terms terms, int64_t count, int64_t C, float sign, const float *A, char *packed)
+static void pack_lower(kl_split_terms terms, int64_t count, int64_t C, bool negative, const float *A, char *packed)
 {
     for (int64_t i = KDA_GROUP; i < count; i += KDA_GROUP)
-        kl_split_left(terms, smaller(KDA_GROUP, count - i), i, sign, A + i * C, C, packed + kl_split_bytes(i, C), C);
+        kl_split_left(terms, smaller(KDA_GROUP, count - i), i, negative, A + i * C, C, packed + kl_split_bytes(i, C), C);
 }
 
 static void pack(const kda_panel *w, int64_t count, unsigned wanted, kda_chunk *x)
 {
     int64_t C = w->C, Kp = w->Kp, Kl = w->Kl, padded = kl_tile_pad(count);
     if (!w->p->no_delta) {
-        kl_split_left(KL_SPLIT_SIX, count, Kp, -1.0f, x->kg, Kl, x->packed.kg, Kp);
-        pack_lower(KL_SPLIT_SIX, count, C, -1.0f, x->Akk, x->packed.Akk);
+        kl_split_left(KL_SPLIT_SIX, count, Kp, true, x->kg, Kl, x->packed.kg, Kp);
+        pack_lower(KL_SPLIT_SIX, count, C, true, x->Akk, x->packed.Akk);
     }
     if (wanted & KDA_READ) {
-        kl_split_left(KL_SPLIT_THREE, count, Kp, 1.0f, x->qg, Kl, x->packed.qg, Kp);
-        pack_lower(KL_SPLIT_THREE, count, C, 1.0f, x->Aqk, x->packed.Aqk);
+        kl_split_left(KL_SPLIT_THREE, count, Kp, false, x->qg, Kl, x->packed.qg, Kp);
+        pack_lower(KL_SPLIT_THREE, count, C, false, x->Aqk, x->packed.Aqk);
     }
     if (wanted & KDA_WRITE) {
         float *across = x->kg; /* ke^T [Kp,padded] */
         memset(x->ke + count * Kl, 0, (size_t)((padded - count) * Kl) * sizeof(float));
         kl_tile_transpose(padded, Kp, x->ke, Kl, across, padded);
-        kl_split_left(KL_SPLIT_SIX, Kp, padded, 1.0f, across, padded, x->packed.ke, C);
+        kl_split_left(KL_SPLIT_SIX, Kp, padded, false, across, padded, x->packed.ke, C);
     }
 }
 

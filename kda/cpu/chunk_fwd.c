@@ -1,6 +1,7 @@
 /* Chunkwise forward: within a chunk every token's correction u comes from one triangular system, so that the state is
  * read twice and written once a chunk instead of once a token. Chunks start at the start of each sequence. */
 #include "common/parallel.h"
+#include "common/simd.h"
 #include "common/tile.h"
 #include "kda/cpu/chunk.h"
 #include "kda/cpu/state.h"
@@ -17,12 +18,20 @@ static scratch take_scratch(kl_arena *a, const kda_problem *p)
     return s;
 }
 
+/* Rows that are whole cache lines go past the caches: nobody reads them here, and a line is not fetched to be overwritten. */
 static void store_output(const kda_panel *w, int64_t t, int64_t count, const float *o)
 {
     const kda_problem *p = w->p;
     int64_t stride = kda_stride(p->o_stride, p->HV * p->V);
-    for (int64_t i = 0; i < count; i++)
-        memcpy((float *)p->o + (t + i) * stride + w->hv * p->V + w->v0, o + i * w->Vl, (size_t)w->columns * sizeof(float));
+    float *to = (float *)p->o + t * stride + w->hv * p->V + w->v0;
+    bool lines = (uintptr_t)to % 64 == 0 && stride % 16 == 0 && w->columns % 16 == 0;
+    for (int64_t i = 0; i < count; i++, to += stride, o += w->Vl) {
+        if (lines && w->split)
+            for (int64_t j = 0; j < w->columns; j += KL_LANES)
+                kl_vstore_past(to + j, kl_vload(o + j));
+        else
+            memcpy(to, o, (size_t)w->columns * sizeof(float));
+    }
 }
 
 static void run_panel(const kda_panel *w, int64_t first_chunk, scratch *s)

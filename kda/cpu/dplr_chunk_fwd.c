@@ -202,7 +202,7 @@ static void read_state(const panel *w, int64_t count, scratch *s)
         return;
     }
     kl_split_right(w->Kp, w->Vp, s->S, w->Vp, s->whole, s->state, w->Kp);
-    kl_split_left(KL_SPLIT_SIX, 2 * count, w->Kp, 1.0f, s->a_start, w->Kl, s->rows, w->Kp);
+    kl_split_left(KL_SPLIT_SIX, 2 * count, w->Kp, false, s->a_start, w->Kl, s->rows, w->Kp);
     kl_split_product(KL_SPLIT_SIX, false, 2 * count, w->Vp, w->Kp, s->rows, w->Kp, s->state, w->Kp, u, w->Vp, NULL);
 }
 
@@ -216,7 +216,7 @@ static void write_state(const panel *w, int64_t count, scratch *s)
     }
     memset(s->k_end + depth * w->Kl, 0, (size_t)((padded - depth) * w->Kl) * sizeof(float));
     kl_tile_transpose(padded, w->Kp, s->k_end, w->Kl, s->across, padded);
-    kl_split_left(KL_SPLIT_SIX, w->Kp, padded, 1.0f, s->across, padded, s->rows, padded);
+    kl_split_left(KL_SPLIT_SIX, w->Kp, padded, false, s->across, padded, s->rows, padded);
     kl_split_right(depth, w->Vp, s->v, w->Vp, NULL, s->corrections, padded);
     kl_split_product(KL_SPLIT_SIX, true, w->Kp, w->Vp, padded, s->rows, padded, s->corrections, padded, s->S, w->Vp, NULL);
 }

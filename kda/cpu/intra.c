@@ -113,7 +113,7 @@ static void level_product(kda_tokens t, int64_t h, const float *rows, int64_t n,
         kl_tile_gemm(KL_TILE_SET, n, h, t.width, rows, t.ld, 1, scratch->across, h, NULL, A, lda);
         return;
     }
-    kl_split_left(KL_SPLIT_SIX, n, t.width, 1.0f, rows, t.ld, scratch->packed_left, t.width);
+    kl_split_left(KL_SPLIT_SIX, n, t.width, false, rows, t.ld, scratch->packed_left, t.width);
     kl_split_product(KL_SPLIT_SIX, false, n, h, t.width, scratch->packed_left, t.width, scratch->packed_right, t.width, A, lda, scratch->ahead);
 }
 
