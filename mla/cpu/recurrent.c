@@ -123,8 +123,11 @@ size_t mla_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass p
     return mla_arena_bytes(&a);
 }
 
-/* m <- max(m, max_j s_j) and l <- e^(m - m') l, one lane a row. Keys j >= *seen (NULL: all are visible) and those that fill
- * up the last 32 become -inf. Returns e^(m - m'). */
+/* How far scores may exceed m before it follows: e^8 more of l and o costs no precision, and moving m costs a pass over o. */
+static const float slack = 8.0f;
+
+/* m' = max(m, max_j s_j) where that is more than slack above m, else m; m <- m' and l <- e^(m - m') l, one lane a row. Keys j >= *seen
+ * (NULL: all are visible) and those that fill up the last 32 become -inf. Returns e^(m - m'). */
 static kl_v raise_top(float *s, int64_t keys, const kl_vi *seen, float *m, float *l)
 {
     kl_v old = kl_vload(m), hidden = kl_vset(-INFINITY), most[4] = {old, old, old, old}; /* four chains */
@@ -139,7 +142,8 @@ static kl_v raise_top(float *s, int64_t keys, const kl_vi *seen, float *m, float
         for (int64_t c = 0; c < 4; c++)
             most[c] = kl_vmax(kl_vload(s + (j + c) * MLA_GROUP), most[c]);
     kl_v top = kl_vmax(kl_vmax(most[0], most[1]), kl_vmax(most[2], most[3]));
-    kl_vi finite = top > hidden;
+    kl_vi finite = top > hidden, rises = top > old + slack;
+    top = (kl_v)(((kl_vi)top & rises) | ((kl_vi)old & ~rises));
     kl_v factor = kl_vexp(old - (kl_v)((kl_vi)top & finite));
     kl_vstore(m, top);
     kl_vstore(l, kl_vload(l) * factor);

@@ -171,18 +171,17 @@ AMX static inline void split_pair(__m512 even, __m512 odd, __m512i *hi, __m512i 
     *lo = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e_rest, 16), o_rest);
 }
 
-/* The exponentials of a block on their way to tiles of P, in steps small enough to run under tile products: two keys of a
+/* The exponentials of a block on their way to tiles of P, in steps small enough to run under tile products: a few keys of a
  * group at a time, and once a chunk has its 16 pairs they are transposed, one part a step. */
+enum { PAIRS = 2, SIDE_STEPS = TILE / PAIRS + PARTS }; /* keys of a step; steps of a chunk */
 typedef struct side {
-    _Alignas(64) float pair[2 * TILE];
+    _Alignas(64) float e[2 * PAIRS * TILE];
     const mla_scored *now;
     weights *weight;        /* [groups] */
     int64_t left, each;     /* steps: that remain, between two groups of tile products */
     int64_t g;
     int c, k, chunks;       /* the next step */
 } side;
-
-enum { SIDE_STEPS = TILE + PARTS }; /* of one chunk */
 
 static side side_of(const mla_scored *now, int64_t groups, int64_t slots, weights *weight)
 {
@@ -204,15 +203,17 @@ AMX static void transpose_tile(tile *t)
 AMX static void side_step(side *a)
 {
     weights *w = &a->weight[a->g];
-    if (a->k < TILE) {
-        __m512i hi, lo;
-        const float *s = a->now->s + ((a->g * MLA_BLOCK) + a->c * DEPTH + 2 * a->k) * TILE;
-        mla_exponentials(s, 2, a->now->m + a->g * TILE, a->now->l + a->g * TILE, a->pair);
-        split_pair(_mm512_load_ps(a->pair), _mm512_load_ps(a->pair + TILE), &hi, &lo);
-        _mm512_store_si512(w->part[0][a->c].word[a->k], hi);
-        _mm512_store_si512(w->part[1][a->c].word[a->k], lo);
+    if (a->k < TILE / PAIRS) {
+        const float *s = a->now->s + ((a->g * MLA_BLOCK) + a->c * DEPTH + 2 * PAIRS * a->k) * TILE;
+        mla_exponentials(s, 2 * PAIRS, a->now->m + a->g * TILE, a->now->l + a->g * TILE, a->e);
+        for (int i = 0; i < PAIRS; i++) {
+            __m512i hi, lo;
+            split_pair(_mm512_load_ps(a->e + 2 * i * TILE), _mm512_load_ps(a->e + (2 * i + 1) * TILE), &hi, &lo);
+            _mm512_store_si512(w->part[0][a->c].word[PAIRS * a->k + i], hi);
+            _mm512_store_si512(w->part[1][a->c].word[PAIRS * a->k + i], lo);
+        }
     } else {
-        transpose_tile(&w->part[a->k - TILE][a->c]);
+        transpose_tile(&w->part[a->k - TILE / PAIRS][a->c]);
     }
     a->left--;
     if (++a->k == SIDE_STEPS) {
@@ -284,13 +285,13 @@ AMX static void copy_block(const mla_problem *p, int64_t row, int64_t keys, scra
 
 /* The next block, asked for a few lines at a time while this one is worked on, from several places at once: one ascending
  * walk leaves a third of a core's bandwidth unused. */
-enum { WALKS = 4 };
+enum { PREFETCHES = 4, WALKS = 2 };
 typedef struct coming {
     const char *at, *end;   /* of the first walk */
-    int64_t apart, bytes;   /* from walk to walk, a step */
+    int64_t apart, each;    /* bytes from walk to walk; lines of a walk a step */
 } coming;
 
-/* Steps in the scores of `keys` keys. */
+/* Groups of products in the scores of `keys` keys. */
 static int64_t score_steps(const mla_problem *p, int64_t keys, int64_t groups)
 {
     return kl_ceil_div(keys, DEPTH) * ((p->R + p->Dr) / DEPTH) * (groups / 2 * PARTS + groups % 2);
@@ -301,15 +302,16 @@ static coming next_block(const mla_problem *p, int64_t row, int64_t rows, int64_
     int64_t bytes = (p->R + p->Dr) * (int64_t)kl_dtype_size(p->latent_dtype) * rows;
     int64_t lines = kl_ceil_div(bytes, 64 * WALKS);
     const char *at = rows ? mla_latent_at(p, row, 0) : NULL;
-    return (coming){at, at + lines * 64, lines * 64, kl_ceil_div(lines, mla_max(steps, 1)) * 64};
+    return (coming){at, at + lines * 64, lines * 64, kl_ceil_div(lines, mla_max(steps, 1))};
 }
 
 static inline void prefetch(coming *next)
 {
-    const char *stop = next->end - next->at < next->bytes ? next->end : next->at + next->bytes;
-    for (; next->at < stop; next->at += 64)
+    for (int64_t i = 0; i < next->each; i++) {
         for (int walk = 0; walk < WALKS; walk++)
             __builtin_prefetch(next->at + walk * next->apart, 0, 2);
+        next->at += next->at < next->end ? 64 : 0;
+    }
 }
 
 /* ---- s^T = c q^T ---- */
@@ -331,9 +333,13 @@ AMX static void score_pair(const block *b, int64_t j, int64_t steps, coming *nex
             _tile_loadd(6, q0 + d * PARTS + part, 64);
             _tile_loadd(7, q1 + d * PARTS + part, 64);
             _tile_dpbf16ps(0, 4, 6);
+            prefetch(next);
             _tile_dpbf16ps(1, 5, 6);
+            prefetch(next);
             _tile_dpbf16ps(2, 4, 7);
+            prefetch(next);
             _tile_dpbf16ps(3, 5, 7);
+            prefetch(next);
         }
         if (b->lo) {
             _tile_loadd(4, b->lo + at + d * 64, b->stride);
@@ -397,7 +403,8 @@ AMX static void score_block(const mla_problem *p, int64_t row, int64_t keys, int
 AMX static void score(const mla_problem *p, int64_t row, int64_t keys, int64_t ahead, int64_t groups, const void *packed, void *memory, float *s)
 {
     scratch w = carve(p, memory);
-    coming next = next_block(p, row + keys, ahead, score_steps(p, keys, groups));
+    coming now = next_block(p, row, keys, 1), next = next_block(p, row + keys, ahead, PREFETCHES * score_steps(p, keys, groups));
+    prefetch(&now);
     side none = {0};
     score_block(p, row, keys, groups, packed, &w, &next, &none, s);
 }
@@ -408,7 +415,7 @@ AMX static void overlap(const mla_problem *p, int64_t row, int64_t keys, int64_t
     scratch w = carve(p, memory);
     int64_t steps = score_steps(p, keys, groups), sums = kl_ceil_div(now->keys, DEPTH) * (p->R / DEPTH) * (groups / 2 * PARTS + groups % 2);
     coming *next = memory;
-    *next = next_block(p, row + keys, ahead, steps + sums);
+    *next = next_block(p, row + keys, ahead, groups > 1 ? (PREFETCHES + 1) * steps + PREFETCHES * sums : steps + sums);
     side beside = side_of(now, groups, steps, w.weight);
     if (keys)
         score_block(p, row, keys, groups, packed, &w, next, &beside, s);
@@ -463,13 +470,16 @@ AMX static void sum_pair(const weights *w0, const weights *w1, const strip *c, i
         _tile_loadd(6, &c[0].half[0][k], 64);
         _tile_loadd(7, &c[0].half[1][k], 64);
         for (int part = PARTS - 1; part >= 0; part--) {
-            prefetch(next);
             _tile_loadd(4, &w0->part[part][k], 64);
             _tile_loadd(5, &w1->part[part][k], 64);
             _tile_dpbf16ps(0, 4, 6);
+            prefetch(next);
             _tile_dpbf16ps(1, 4, 7);
+            prefetch(next);
             _tile_dpbf16ps(2, 5, 6);
+            prefetch(next);
             _tile_dpbf16ps(3, 5, 7);
+            prefetch(next);
         }
         if (parts == 2) {
             _tile_loadd(6, &c[1].half[0][k], 64);
