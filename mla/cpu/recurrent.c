@@ -123,7 +123,7 @@ size_t mla_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass p
     return mla_arena_bytes(&a);
 }
 
-/* How far scores may exceed m before it follows: e^8 more of l and o costs no precision, and moving m costs a pass over o. */
+/* How far scores may exceed m before it follows: sums e^8 times as large are as precise, and moving m costs a pass over o. */
 static const float slack = 8.0f;
 
 /* m' = max(m, max_j s_j) where that is more than slack above m, else m; m <- m' and l <- e^(m - m') l, one lane a row. Keys j >= *seen

@@ -23,7 +23,7 @@ typedef struct mla_job {
 typedef struct mla_scored {
     float *s;           /* [groups, MLA_BLOCK, MLA_GROUP] */
     int64_t keys;
-    const float *m;     /* [groups, MLA_GROUP] maxima so far, this block included */
+    const float *m;     /* [groups, MLA_GROUP] what the exponents count from, this block included */
     float *l;           /* [groups, MLA_GROUP] sums so far, this block left out */
 } mla_scored;
 
