@@ -181,12 +181,10 @@ static void pack(const kda_panel *w, int64_t count, unsigned wanted, kda_chunk *
     }
 }
 
-/* u of a piece, packed group by group as it comes: a group needs those before it. */
+/* u of a piece, what the state gives being there, packed group by group as it comes: a group needs those before it. */
 static void correct_piece(const kda_panel *w, int64_t columns, int64_t count, kda_chunk *x, float *u, float *residual)
 {
-    int64_t C = w->C, Kp = w->Kp, Vl = w->Vl;
-    if (!w->p->no_delta)
-        kl_split_product(KL_SPLIT_SIX, true, count, columns, Kp, x->packed.kg, Kp, x->packed.S, Kp, u, Vl, &x->ahead);
+    int64_t C = w->C, Vl = w->Vl;
     for (int64_t i = 0; i < count; i += KDA_GROUP) {
         int64_t n = smaller(KDA_GROUP, count - i);
         float *ui = u + i * Vl;
@@ -206,10 +204,10 @@ static void correct_piece(const kda_panel *w, int64_t columns, int64_t count, kd
     }
 }
 
+/* o of a piece, likewise. */
 static void read_piece(const kda_panel *w, int64_t columns, int64_t count, kda_chunk *x, const float *u, float *o)
 {
-    int64_t C = w->C, Kp = w->Kp, Vl = w->Vl;
-    kl_split_product(KL_SPLIT_THREE, false, count, columns, Kp, x->packed.qg, Kp, x->packed.S, Kp, o, Vl, &x->ahead);
+    int64_t C = w->C, Vl = w->Vl;
     for (int64_t i = 0; i < count; i += KDA_GROUP) {
         int64_t n = smaller(KDA_GROUP, count - i);
         if (i)
@@ -232,6 +230,10 @@ void kda_chunk_apply(const kda_panel *w, int64_t count, unsigned wanted, float *
     for (int64_t v = 0; v < w->Vp; v += KDA_PIECE) {
         int64_t columns = smaller(KDA_PIECE, w->Vp - v);
         kl_split_right(w->Kp, columns, S + v, w->Vl, wanted & KDA_WRITE ? x->whole : NULL, x->packed.S, w->Kp);
+        if (!w->p->no_delta)
+            kl_split_product(KL_SPLIT_SIX, true, count, columns, w->Kp, x->packed.kg, w->Kp, x->packed.S, w->Kp, x->u + v, w->Vl, &x->ahead);
+        if (wanted & KDA_READ)
+            kl_split_product(KL_SPLIT_THREE, false, count, columns, w->Kp, x->packed.qg, w->Kp, x->packed.S, w->Kp, x->o + v, w->Vl, &x->ahead);
         correct_piece(w, columns, count, x, x->u + v, residual ? residual + v : NULL);
         if (wanted & KDA_READ)
             read_piece(w, columns, count, x, x->u + v, x->o + v);

@@ -40,9 +40,9 @@ typedef struct kda_chunk {
     kl_ahead ahead; /* what the next chunk will load */
 } kda_chunk;
 
-/* On the matrix unit so many columns of V are taken from u to the next state at a time: their state, packed and not,
- * then stays in the first cache. Within a chunk it works on groups of so many tokens. */
-enum { KDA_PIECE = 32, KDA_GROUP = 32 };
+/* On the matrix unit so many columns of V are taken from u to the next state at a time; fewer would fit the first cache,
+ * but changes between the unit and the vectors cost more. Within a chunk it works on groups of so many tokens. */
+enum { KDA_PIECE = 128, KDA_GROUP = 32 };
 
 kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p);
 /* What is to be loaded next: asked for while the chunk before it is worked on. */
