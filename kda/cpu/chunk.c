@@ -49,10 +49,6 @@ kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p)
     x.packed.Aqk = KL_TAKE(a, char, kl_split_bytes(C, C));
     x.packed.S = KL_TAKE(a, char, kl_split_bytes(KDA_PIECE, Kp));
     x.packed.u = KL_TAKE(a, char, kl_split_bytes(KDA_PIECE, C));
-    x.level.packed_left = x.packed.kg; /* packed after the levels are done */
-    x.level.packed_right = x.packed.qg;
-    x.level.split = kda_chunk_splits(p);
-    x.level.ahead = NULL;
     x.ahead = (kl_ahead){.rows = 0};
     return x;
 }

@@ -106,17 +106,6 @@ void kda_anchor_factors(kda_tokens t, int64_t h, float *factor)
 
 /* ---- intra-chunk matrices ---- */
 
-/* A [n,h] = rows [n,width] times what lies across, packed already when it goes through the matrix unit */
-static void level_product(kda_tokens t, int64_t h, const float *rows, int64_t n, float *A, int64_t lda, const kda_level_scratch *scratch)
-{
-    if (!scratch->split) {
-        kl_tile_gemm(KL_TILE_SET, n, h, t.width, rows, t.ld, 1, scratch->across, h, NULL, A, lda);
-        return;
-    }
-    kl_split_left(KL_SPLIT_SIX, n, t.width, false, rows, t.ld, scratch->packed_left, t.width);
-    kl_split_product(KL_SPLIT_SIX, false, n, h, t.width, scratch->packed_left, t.width, scratch->packed_right, t.width, A, lda, scratch->ahead);
-}
-
 void kda_off_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda,
                       const kda_level_scratch *scratch)
 {
@@ -132,11 +121,9 @@ void kda_off_diagonal(kda_tokens t, const float *x0, const float *x1, const floa
             FOR_CHANNELS(t.width, BODY);
 #undef BODY
             kl_tile_transpose(h, t.width, left + s * ld, ld, across, h);
-            if (scratch->split)
-                kl_split_right(t.width, h, across, h, NULL, scratch->packed_right, t.width);
-            level_product(t, h, right0 + i * ld, end - i, A0 + i * lda + s, lda, scratch);
+            kl_tile_gemm(KL_TILE_SET, end - i, h, t.width, right0 + i * ld, ld, 1, across, h, NULL, A0 + i * lda + s, lda);
             if (x1)
-                level_product(t, h, right1 + i * ld, end - i, A1 + i * lda + s, lda, scratch);
+                kl_tile_gemm(KL_TILE_SET, end - i, h, t.width, right1 + i * ld, ld, 1, across, h, NULL, A1 + i * lda + s, lda);
         }
 }
 

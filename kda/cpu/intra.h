@@ -12,8 +12,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "common/split.h"
-
 enum { KDA_BLOCK = 16, KDA_MAX_CHUNK = 128 };
 
 /* Matrices [n,width] of one chunk, rows ld apart: n tokens, width channels (K padded to 16, padding zero). Walks go down
@@ -35,14 +33,9 @@ void kda_to_end(kda_tokens t, const float *x, float *y, float *whole);
 void kda_anchor_factors(kda_tokens t, int64_t h, float *factor);
 
 /* For each of two row matrices x0, x1 (x1 NULL: none) A[i,j] of all j < i below the diagonal blocks of 16 (rows of A
- * lda apart, rows up to a multiple of 16 there). factor [n,ld], left, right0, right1 [n,ld], rows up to a multiple of 16
- * there, and across [width,n/2] are scratch; so are the packed operands, with split, which sends the products through the
- * matrix unit, each of n/2 and width. ahead: what to ask for meanwhile, or NULL. */
+ * lda apart). factor [n,ld], left, right0, right1 [n,ld] and across [width,64] are scratch. */
 typedef struct kda_level_scratch {
     float *factor, *left, *right0, *right1, *across;
-    bool split;
-    char *packed_left, *packed_right;
-    kl_ahead *ahead;
 } kda_level_scratch;
 void kda_off_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda,
                       const kda_level_scratch *scratch);
