@@ -64,7 +64,7 @@ static void add_shape(cJSON *o, const kl_shape *s)
     }
 }
 
-/* The larger of the two fractions says what binds. */
+/* The larger of the two fractions says what binds; decoding is measured against memory, whatever unit computes it. */
 typedef struct binding {
     const char *name;
     double fraction;
@@ -74,7 +74,7 @@ static binding binds(const kl_bench *b, const kl_bench_row *r)
 {
     double gbps = 1e-9 * r->cost.bytes / r->seconds.median, tflops = 1e-12 * r->cost.flops / r->seconds.median;
     double memory = gbps / r->memory_gbps, compute = tflops / b->ceilings.gemm_tflops;
-    return memory > compute ? (binding){r->memory_name, memory} : (binding){"gemm_f32", compute};
+    return r->pass == KL_BENCH_DECODE || memory > compute ? (binding){r->memory_name, memory} : (binding){"gemm_f32", compute};
 }
 
 static kl_status emit_json(kl_bench *b, const kl_bench_row *r)
