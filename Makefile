@@ -53,7 +53,7 @@ endif
 OBJ     := $(C_SRC:%.c=$(BUILD)/obj/%.o) $(CU_SRC:%.cu=$(BUILD)/obj/%.cu.o)
 TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
-PUBLIC  := $(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h)
+PUBLIC  := $(filter-out %internal.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
 
 .PHONY: all help report deps demo test fuzz install clean checklibs
 all: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc report
