@@ -5,8 +5,6 @@
 
 #include "common/simd.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* Rows of X that a block takes at most: as many as its sums find registers for. */
 #ifdef KL_AVX512
 enum { ROWS_X = 8 };
@@ -17,14 +15,14 @@ enum { BLOCK_W = 96, PIECE = 128, FETCH_M = 4 };
 
 /* The last n < 16 elements of a row, the other lanes 0. */
 #ifdef KL_AVX512
-INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n) { return kl_vload_as(row, type, k, n); }
+KL_INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n) { return kl_vload_as(row, type, k, n); }
 #else
 static __attribute__((noinline)) void tail_lanes(float lanes[KL_LANES], const void *row, kl_dtype type, int64_t k, int64_t n)
 {
     memset(lanes, 0, KL_LANES * sizeof(float));
     kl_to_f32(lanes, (const char *)row + (size_t)k * kl_dtype_size(type), type, (size_t)n);
 }
-INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n)
+KL_INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n)
 {
     float lanes[KL_LANES];
     tail_lanes(lanes, row, type, k, n);
@@ -33,7 +31,7 @@ INLINE kl_v tail(const void *row, kl_dtype type, int64_t k, int64_t n)
 #endif
 
 /* The R rows after these, columns k .. k + PIECE - 1, into the cache: the hardware reads ahead only within a page. */
-INLINE void fetch_next(const int R, const kl_dtype type, const char *W, size_t row_bytes, int64_t k)
+KL_INLINE void fetch_next(const int R, const kl_dtype type, const char *W, size_t row_bytes, int64_t k)
 {
     for (int r = R; r < 2 * R; r++)
         for (size_t byte = 0; byte < PIECE * kl_dtype_size(type); byte += 64)
@@ -42,7 +40,7 @@ INLINE void fetch_next(const int R, const kl_dtype type, const char *W, size_t r
 
 /* Y[m,r] = X[m] . W[r] for m < M, r < R, each one running sum of sixteen lanes. M and R are constants where this is
  * inlined, so that the M R sums live in registers, and every load serves R or M of them. */
-INLINE void block(const int M, const int R, const kl_dtype type, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+KL_INLINE void block(const int M, const int R, const kl_dtype type, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
                   float beta, float *Y, int64_t ldy)
 {
     kl_v sum[M * R];
@@ -85,7 +83,7 @@ INLINE void block(const int M, const int R, const kl_dtype type, int64_t K, cons
 }
 
 /* All N rows of W, R at a time. */
-INLINE void rows(const int M, const int R, const kl_dtype type, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W,
+KL_INLINE void rows(const int M, const int R, const kl_dtype type, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W,
                  size_t row_bytes, float beta, float *Y, int64_t ldy)
 {
     int64_t n = 0;
@@ -96,7 +94,7 @@ INLINE void rows(const int M, const int R, const kl_dtype type, int64_t N, int64
 }
 
 /* R so that sums and one operand fit the registers. */
-INLINE void up_to_rows_x(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+KL_INLINE void up_to_rows_x(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
                          float beta, float *Y, int64_t ldy)
 {
 #define CASE(M, R) case M: rows(M, R, type, N, K, X, ldx, W, row_bytes, beta, Y, ldy); break;
@@ -111,7 +109,7 @@ INLINE void up_to_rows_x(const kl_dtype type, int64_t M, int64_t N, int64_t K, c
 }
 
 /* A block of W comes from memory for the first rows of X and from the cache for the others. */
-INLINE void of_type(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
+KL_INLINE void of_type(const kl_dtype type, int64_t M, int64_t N, int64_t K, const float *X, int64_t ldx, const char *W, size_t row_bytes,
                     float beta, float *Y, int64_t ldy)
 {
     int64_t step = M <= ROWS_X ? N : BLOCK_W;

@@ -29,6 +29,14 @@ typedef uint16_t kl_vh_unaligned __attribute__((vector_size(32), aligned(2), may
 
 enum { KL_LANES = 16 };
 
+/* Before a loop over registers: its trip count is known once everything around it is inlined. */
+#if defined(__clang__)
+#define KL_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define KL_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define KL_INLINE static inline __attribute__((always_inline))
+
 static inline kl_v kl_vload(const float *p) { return *(const kl_v_unaligned *)p; }
 static inline void kl_vstore(float *p, kl_v x) { *(kl_v_unaligned *)p = x; }
 /* To whole cache lines (p a multiple of 64 bytes) that will not be read soon. Ordered by the end of a parallel region. */
@@ -74,6 +82,16 @@ static inline kl_vh kl_vload_half_n(const uint16_t *p, int64_t n)
     return x;
 }
 #endif
+
+/* Sixteen, or the n that are left of a row. */
+static inline kl_v kl_vload_up_to(const float *p, int64_t n) { return n >= KL_LANES ? kl_vload(p) : kl_vload_n(p, n); }
+static inline void kl_vstore_up_to(float *p, kl_v x, int64_t n)
+{
+    if (n >= KL_LANES)
+        kl_vstore(p, x);
+    else
+        kl_vstore_n(p, x, n);
+}
 
 static inline kl_v kl_vwiden_bf16(kl_vh x)
 {

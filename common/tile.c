@@ -2,25 +2,18 @@
 
 #include "common/simd.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 /* The register block: rows x cols vectors of C, with room left for a row of B and a broadcast. */
 enum { ROWS = 16, COLS = 4 };
-INLINE int block_rows(int cols) { return cols == 4 ? 6 : cols == 3 ? 8 : cols == 2 ? 12 : 16; }
+KL_INLINE int block_rows(int cols) { return cols == 4 ? 6 : cols == 3 ? 8 : cols == 2 ? 12 : 16; }
 
 /* One block of C, rows x cols vectors, both known when this is inlined. */
-INLINE void block(kl_tile_mode mode, int rows, int cols, int64_t K, const float *A, int64_t a_row, int64_t a_col,
+KL_INLINE void block(kl_tile_mode mode, int rows, int cols, int64_t K, const float *A, int64_t a_row, int64_t a_col,
                   const float *B, int64_t ldb, const float *row_scale, float *C, int64_t ldc)
 {
     kl_v sum[ROWS][COLS];
-UNROLL
+KL_UNROLL
     for (int m = 0; m < rows; m++) {
-UNROLL
+KL_UNROLL
         for (int n = 0; n < cols; n++) {
             if (mode == KL_TILE_SET)
                 sum[m][n] = (kl_v){0};
@@ -30,26 +23,26 @@ UNROLL
     }
     for (int64_t k = 0; k < K; k++) {
         kl_v b[COLS];
-UNROLL
+KL_UNROLL
         for (int n = 0; n < cols; n++)
             b[n] = kl_vload(B + k * ldb + n * KL_LANES);
-UNROLL
+KL_UNROLL
         for (int m = 0; m < rows; m++) {
             kl_v a = kl_vset(A[m * a_row + k * a_col]);
-UNROLL
+KL_UNROLL
             for (int n = 0; n < cols; n++)
                 sum[m][n] = mode == KL_TILE_SUB ? sum[m][n] - a * b[n] : sum[m][n] + a * b[n];
         }
     }
-UNROLL
+KL_UNROLL
     for (int m = 0; m < rows; m++)
-UNROLL
+KL_UNROLL
         for (int n = 0; n < cols; n++)
             kl_vstore(C + m * ldc + n * KL_LANES, sum[m][n]);
 }
 
 /* All rows of one strip of columns. */
-INLINE void strip(kl_tile_mode mode, int cols, int64_t M, int64_t K, const float *A, int64_t a_row, int64_t a_col,
+KL_INLINE void strip(kl_tile_mode mode, int cols, int64_t M, int64_t K, const float *A, int64_t a_row, int64_t a_col,
                   const float *B, int64_t ldb, const float *row_scale, float *C, int64_t ldc)
 {
     int rows = block_rows(cols);
@@ -75,7 +68,7 @@ INLINE void strip(kl_tile_mode mode, int cols, int64_t M, int64_t K, const float
     }
 }
 
-INLINE void product(kl_tile_mode mode, int64_t M, int64_t N, int64_t K, const float *A, int64_t a_row, int64_t a_col,
+KL_INLINE void product(kl_tile_mode mode, int64_t M, int64_t N, int64_t K, const float *A, int64_t a_row, int64_t a_col,
                     const float *B, int64_t ldb, const float *row_scale, float *C, int64_t ldc)
 {
     int64_t n = 0;
@@ -100,7 +93,7 @@ void kl_tile_gemm(kl_tile_mode mode, int64_t M, int64_t N, int64_t K, const floa
 
 /* Rows a and b exchange the lanes that a transpose at this distance moves: a keeps the lanes whose distance bit is 0. */
 #define EXCHANGE(name, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15) \
-    INLINE void name(kl_v *a, kl_v *b) \
+    KL_INLINE void name(kl_v *a, kl_v *b) \
     { \
         kl_v low = __builtin_shufflevector(*a, *b, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15); \
         kl_v high = __builtin_shufflevector(*a, *b, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15); \
@@ -115,25 +108,25 @@ EXCHANGE(exchange_8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8, 
 static void transpose_16(const float *from, int64_t ld_from, float *to, int64_t ld_to)
 {
     kl_v x[16];
-UNROLL
+KL_UNROLL
     for (int i = 0; i < 16; i++)
         x[i] = kl_vload(from + i * ld_from);
-UNROLL
+KL_UNROLL
     for (int i = 0; i < 8; i++)
         exchange_8(&x[i], &x[i + 8]);
-UNROLL
+KL_UNROLL
     for (int i = 0; i < 16; i++)
         if (!(i & 4))
             exchange_4(&x[i], &x[i + 4]);
-UNROLL
+KL_UNROLL
     for (int i = 0; i < 16; i++)
         if (!(i & 2))
             exchange_2(&x[i], &x[i + 2]);
-UNROLL
+KL_UNROLL
     for (int i = 0; i < 16; i++)
         if (!(i & 1))
             exchange_1(&x[i], &x[i + 1]);
-UNROLL
+KL_UNROLL
     for (int i = 0; i < 16; i++)
         kl_vstore(to + i * ld_to, x[i]);
 }

@@ -83,17 +83,8 @@ static inline const float *input_at(const tile *s, kda_span span, int64_t positi
     return s->p->x + (span.begin + position) * s->x_stride + s->d0;
 }
 
-static inline kl_v load_channels(const tile *s, const float *x, int64_t d)
-{
-    return s->D - d >= KL_LANES ? kl_vload(x + d) : kl_vload_n(x + d, s->D - d);
-}
-static inline void store_channels(const tile *s, float *x, int64_t d, kl_v y)
-{
-    if (s->D - d >= KL_LANES)
-        kl_vstore(x + d, y);
-    else
-        kl_vstore_n(x + d, y, s->D - d);
-}
+static inline kl_v load_channels(const tile *s, const float *x, int64_t d) { return kl_vload_up_to(x + d, s->D - d); }
+static inline void store_channels(const tile *s, float *x, int64_t d, kl_v y) { kl_vstore_up_to(x + d, y, s->D - d); }
 
 /* z[t,d] = sum_{j<W} weight[d,j] x[t-W+1+j,d] */
 static inline kl_v convolve(const tile *s, kda_span span, int64_t i, int64_t d)

@@ -15,13 +15,6 @@
 #include "kda/cpu/state.h"
 #include "kda/cpu/sums.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 /* Pairs that enter one product together lie one behind the other, count rows apart. */
 typedef struct scratch {
     float *q, *k, *a, *b, *decay;            /* [C,Kp] */
@@ -142,12 +135,12 @@ static void off_diagonal(kda_tokens t, int64_t lda, scratch *s)
 enum { WALKERS = 2 };
 
 /* Row i against two columns: a meets them before the decay of row i, q after. */
-INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *q, const float *a, float *walk, float *out[4])
+KL_INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *q, const float *a, float *walk, float *out[4])
 {
     kl_v sum[4 * WALKERS] = {{0}};
     for (int64_t c = 0; c < t.width; c += KL_LANES) {
         kl_v d = kl_vload(decay + c), qc = kl_vload(q + c), ac = kl_vload(a + c);
-UNROLL
+KL_UNROLL
         for (int w = 0; w < WALKERS; w++) {
             kl_v k = kl_vload(walk + 2 * w * t.ld + c), b = kl_vload(walk + (2 * w + 1) * t.ld + c);
             sum[WALKERS + w] += ac * k;

@@ -31,15 +31,6 @@ static kl_status validate(const kl_ctx *ctx, const kda_gated_norm_problem *p)
     return kl_ok();
 }
 
-static inline kl_v load(const float *x, int64_t n) { return n >= KL_LANES ? kl_vload(x) : kl_vload_n(x, n); }
-static inline void store(float *x, kl_v y, int64_t n)
-{
-    if (n >= KL_LANES)
-        kl_vstore(x, y);
-    else
-        kl_vstore_n(x, y, n);
-}
-
 static inline kl_v act(kda_output_gate kind, kl_v z)
 {
     return kind == KDA_OUT_SIGMOID ? kl_vsigmoid(z) : kind == KDA_OUT_SWISH ? z * kl_vsigmoid(z) : kl_vset(1.0f);
@@ -55,7 +46,7 @@ static float inverse_rms(const kda_gated_norm_problem *p, const float *x)
 {
     kl_v sum = {0};
     for (int64_t j = 0; j < p->V; j += KL_LANES) {
-        kl_v xj = load(x + j, p->V - j);
+        kl_v xj = kl_vload_up_to(x + j, p->V - j);
         sum += xj * xj;
     }
     return 1.0f / sqrtf(kl_vsum(sum) / (float)p->V + p->eps);
@@ -67,10 +58,10 @@ static void forward_row(const kda_gated_norm_problem *p, const float *weight, in
     float r = inverse_rms(p, x);
     for (int64_t j = 0; j < p->V; j += KL_LANES) {
         int64_t n = p->V - j;
-        kl_v y = load(x + j, n) * r * kl_vload(weight + j);
+        kl_v y = kl_vload_up_to(x + j, n) * r * kl_vload(weight + j);
         if (p->gate)
-            y *= act(p->gate_kind, load(p->gate + i * p->V + j, n));
-        store(p->y + i * p->V + j, y, n);
+            y *= act(p->gate_kind, kl_vload_up_to(p->gate + i * p->V + j, n));
+        kl_vstore_up_to(p->y + i * p->V + j, y, n);
     }
 }
 
@@ -81,25 +72,25 @@ static void backward_row(const kda_gated_norm_problem *p, const kda_gated_norm_g
     /* With xh = x r and dxh = dy act weight:  dx = r (dxh - xh mean(dxh xh)) */
     kl_v dot = {0};
     for (int64_t j = 0; j < p->V; j += KL_LANES) {
-        kl_v xh = load(x + j, p->V - j) * r, dn = load(dy + j, p->V - j);
+        kl_v xh = kl_vload_up_to(x + j, p->V - j) * r, dn = kl_vload_up_to(dy + j, p->V - j);
         if (gate)
-            dn *= act(p->gate_kind, load(gate + j, p->V - j));
+            dn *= act(p->gate_kind, kl_vload_up_to(gate + j, p->V - j));
         dot += dn * kl_vload(weight + j) * xh;
     }
     float mean = kl_vsum(dot) / (float)p->V;
     for (int64_t j = 0; j < p->V; j += KL_LANES) {
         int64_t n = p->V - j;
-        kl_v xh = load(x + j, n) * r, w = kl_vload(weight + j), dyj = load(dy + j, n), dn = dyj;
+        kl_v xh = kl_vload_up_to(x + j, n) * r, w = kl_vload(weight + j), dyj = kl_vload_up_to(dy + j, n), dn = dyj;
         if (gate) {
             /* y = n act(z), n = xh weight:  dz = dy n act'(z),  dn = dy act(z) */
-            kl_v z = load(gate + j, n);
+            kl_v z = kl_vload_up_to(gate + j, n);
             dn = dyj * act(p->gate_kind, z);
             if (g->dgate)
-                store(g->dgate + i * p->V + j, dyj * xh * w * act_derivative(p->gate_kind, z), n);
+                kl_vstore_up_to(g->dgate + i * p->V + j, dyj * xh * w * act_derivative(p->gate_kind, z), n);
         }
         kl_vstore(dweight + j, kl_vload(dweight + j) + dn * xh);
         if (g->dx)
-            store(g->dx + i * p->V + j, r * (dn * w - xh * mean), n);
+            kl_vstore_up_to(g->dx + i * p->V + j, r * (dn * w - xh * mean), n);
     }
 }
 

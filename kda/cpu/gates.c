@@ -3,15 +3,6 @@
 #include "common/simd.h"
 #include "common/tile.h"
 
-static inline kl_v load_up_to(const float *x, int64_t n) { return n >= KL_LANES ? kl_vload(x) : kl_vload_n(x, n); }
-static inline void store_up_to(float *x, kl_v y, int64_t n)
-{
-    if (n >= KL_LANES)
-        kl_vstore(x, y);
-    else
-        kl_vstore_n(x, y, n);
-}
-
 /* log(1 + e) for e >= 0: with y = 1 + e rounded, log y + (e - (y - 1)) / y; and log y = n ln 2 + 2 atanh(f / (2 + f))
  * with y = 2^n (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]. */
 static inline kl_v log1p_positive(kl_v e)
@@ -48,7 +39,7 @@ static float inverse_norm(int64_t K, const float *x)
 {
     kl_v sum = {0};
     for (int64_t c = 0; c < K; c += KL_LANES) {
-        kl_v xc = load_up_to(x + c, K - c);
+        kl_v xc = kl_vload_up_to(x + c, K - c);
         sum += xc * xc;
     }
     return 1.0f / sqrtf(kl_vsum(sum) + 1e-6f);
@@ -58,7 +49,7 @@ void kda_unit_row(bool l2norm, int64_t K, float factor, const float *x, float *y
 {
     float r = l2norm ? factor * inverse_norm(K, x) : factor;
     for (int64_t c = 0; c < K; c += KL_LANES)
-        kl_vstore(y + c, load_up_to(x + c, K - c) * r);
+        kl_vstore(y + c, kl_vload_up_to(x + c, K - c) * r);
 }
 
 void kda_unit_row_backward(bool l2norm, int64_t K, float factor, const float *x, const float *dy, float *dx, bool accumulate)
@@ -68,16 +59,16 @@ void kda_unit_row_backward(bool l2norm, int64_t K, float factor, const float *x,
     if (l2norm) {
         kl_v sum = {0};
         for (int64_t c = 0; c < K; c += KL_LANES)
-            sum += load_up_to(x + c, K - c) * kl_vload(dy + c);
+            sum += kl_vload_up_to(x + c, K - c) * kl_vload(dy + c);
         r = inverse_norm(K, x);
         projection = r * r * kl_vsum(sum);
     }
     for (int64_t c = 0; c < K; c += KL_LANES) {
         kl_v d = kl_vload(dy + c);
         if (l2norm)
-            d -= projection * load_up_to(x + c, K - c);
+            d -= projection * kl_vload_up_to(x + c, K - c);
         d *= factor * r;
-        store_up_to(dx + c, accumulate ? load_up_to(dx + c, K - c) + d : d, K - c);
+        kl_vstore_up_to(dx + c, accumulate ? kl_vload_up_to(dx + c, K - c) + d : d, K - c);
     }
 }
 
@@ -86,8 +77,8 @@ void kda_unit_row_backward(bool l2norm, int64_t K, float factor, const float *x,
 /* g + dt_bias of sixteen gate values */
 static inline kl_v gate_input(const kda_problem *p, int64_t hv, const float *g, int64_t j)
 {
-    kl_v z = load_up_to(g + j, p->G - j);
-    return p->dt_bias ? z + load_up_to(p->dt_bias + hv * p->G + j, p->G - j) : z;
+    kl_v z = kl_vload_up_to(g + j, p->G - j);
+    return p->dt_bias ? z + kl_vload_up_to(p->dt_bias + hv * p->G + j, p->G - j) : z;
 }
 
 /* a = g | -exp(A) softplus(z) | lb sigmoid(exp(A) z) */
@@ -137,7 +128,7 @@ void kda_decay_row_backward(const kda_problem *p, int64_t hv, const float *g, fl
     float eA = p->gate != KDA_GATE_LOG ? expf(p->A_log[hv]) : 0.0f;
     kl_v dA_lanes = {0};
     for (int64_t j = 0; j < G; j += KL_LANES) {
-        kl_v d = load_up_to(da + j, G - j), z = gate_input(p, hv, g, j), dz = d;
+        kl_v d = kl_vload_up_to(da + j, G - j), z = gate_input(p, hv, g, j), dz = d;
         if (p->gate == KDA_GATE_SOFTPLUS) {
             /* a = -exp(A) softplus(z):  dz = -exp(A) softplus'(z) da,  dA = a da */
             dz = -eA * softplus_derivative(z) * d;
@@ -149,9 +140,9 @@ void kda_decay_row_backward(const kda_problem *p, int64_t hv, const float *g, fl
             dA_lanes += y * dy;
         }
         if (dg)
-            store_up_to(dg + j, dz, G - j);
+            kl_vstore_up_to(dg + j, dz, G - j);
         if (dbias)
-            store_up_to(dbias + j, load_up_to(dbias + j, G - j) + dz, G - j);
+            kl_vstore_up_to(dbias + j, kl_vload_up_to(dbias + j, G - j) + dz, G - j);
     }
     if (dA)
         *dA += kl_vsum(dA_lanes);

@@ -6,13 +6,6 @@
 #include "common/tile.h"
 #include "kda/cpu/sums.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- running products ----
@@ -33,14 +26,14 @@ enum { ABREAST = 4 };
     } while (0)
 
 /* Rows [first, end) downwards: y_i = x_i product, where product includes the decay of row i. x1 may be NULL. */
-INLINE void walk_down(int abreast, kda_tokens t, int64_t first, int64_t end, const float *x0, const float *x1, float *y0, float *y1)
+KL_INLINE void walk_down(int abreast, kda_tokens t, int64_t first, int64_t end, const float *x0, const float *x1, float *y0, float *y1)
 {
     kl_v product[ABREAST];
-UNROLL
+KL_UNROLL
     for (int v = 0; v < abreast; v++)
         product[v] = kl_vset(1.0f);
     for (int64_t i = first; i < end; i++)
-UNROLL
+KL_UNROLL
         for (int v = 0; v < abreast; v++) {
             int64_t at = i * t.ld + v * KL_LANES;
             product[v] *= kl_vload(t.decay + at);
@@ -52,20 +45,20 @@ UNROLL
 
 /* Rows [first, end) upwards: y_j = x_j product, where product includes the decays of the rows after j; whole, when
  * wanted, is the product over all rows. */
-INLINE void walk_up(int abreast, kda_tokens t, int64_t first, int64_t end, const float *x, float *y, float *whole)
+KL_INLINE void walk_up(int abreast, kda_tokens t, int64_t first, int64_t end, const float *x, float *y, float *whole)
 {
     kl_v product[ABREAST];
-UNROLL
+KL_UNROLL
     for (int v = 0; v < abreast; v++)
         product[v] = kl_vset(1.0f);
     for (int64_t j = end - 1; j >= first; j--)
-UNROLL
+KL_UNROLL
         for (int v = 0; v < abreast; v++) {
             int64_t at = j * t.ld + v * KL_LANES;
             kl_vstore(y + at, x ? kl_vload(x + at) * product[v] : product[v]);
             product[v] *= kl_vload(t.decay + at);
         }
-UNROLL
+KL_UNROLL
     for (int v = 0; v < abreast; v++)
         if (whole)
             kl_vstore(whole + v * KL_LANES, product[v]);
@@ -131,13 +124,13 @@ enum { WALKERS = 4 }; /* columns that walk together, so that a row is loaded onc
 
 /* Row i against the four columns that begin at j: walk[w] = y_(j+w) P(j+w->i) after `moving` of them were moved by the
  * decay of row i (a column's own row does not move it). */
-INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *x0, const float *x1, float *walk,
+KL_INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *x0, const float *x1, float *walk,
                          float *A0, float *A1, int64_t columns)
 {
     kl_v sum[2 * WALKERS] = {{0}};
     for (int64_t c = 0; c < t.width; c += KL_LANES) {
         kl_v d = kl_vload(decay + c), r0 = kl_vload(x0 + c), r1 = x1 ? kl_vload(x1 + c) : r0;
-UNROLL
+KL_UNROLL
         for (int w = 0; w < WALKERS; w++) {
             kl_v y = kl_vload(walk + w * t.ld + c);
             if (w < moving) {
@@ -182,9 +175,9 @@ void kda_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y
 
 /* ---- triangular systems: whole blocks by products, the diagonal blocks row by row in registers ---- */
 
-INLINE void load_rows(const float *U, int64_t ld, kl_v x[KDA_BLOCK])
+KL_INLINE void load_rows(const float *U, int64_t ld, kl_v x[KDA_BLOCK])
 {
-UNROLL
+KL_UNROLL
     for (int i = 0; i < KDA_BLOCK; i++)
         x[i] = kl_vload(U + i * ld);
 }
@@ -194,7 +187,7 @@ static void substitute_down(int64_t m, const float *A, int64_t lda, const float 
 {
     kl_v r[KDA_BLOCK];
     load_rows(U, ld, r);
-UNROLL
+KL_UNROLL
     for (int j = 0; j < KDA_BLOCK; j++) {
         if (j >= m)
             break;
@@ -202,7 +195,7 @@ UNROLL
             kl_vstore(residual + j * ld, r[j]);
         kl_v u = beta ? r[j] * beta[j] : r[j];
         kl_vstore(U + j * ld, u);
-UNROLL
+KL_UNROLL
         for (int i = j + 1; i < KDA_BLOCK; i++)
             r[i] -= A[i * lda + j] * u;
     }
@@ -222,7 +215,7 @@ static void substitute_up(int64_t m, const float *A, int64_t lda, const float *b
 {
     kl_v z[KDA_BLOCK];
     load_rows(Y, ld, z);
-UNROLL
+KL_UNROLL
     for (int i = KDA_BLOCK - 1; i >= 0; i--) {
         if (i >= m)
             continue;
@@ -230,7 +223,7 @@ UNROLL
             kl_vstore(residual + i * ld, z[i]);
         kl_v y = beta ? z[i] * beta[i] : z[i];
         kl_vstore(Y + i * ld, y);
-UNROLL
+KL_UNROLL
         for (int j = 0; j < i; j++)
             z[j] -= A[i * lda + j] * y;
     }
@@ -246,20 +239,20 @@ void kda_solve_upper(int64_t n, int64_t columns, const float *A, int64_t lda, co
     }
 }
 
-INLINE void apply_block_down(int from_diagonal, int64_t m, const float *A, int64_t lda, const float *U, float *O, int64_t ld)
+KL_INLINE void apply_block_down(int from_diagonal, int64_t m, const float *A, int64_t lda, const float *U, float *O, int64_t ld)
 {
     kl_v o[KDA_BLOCK];
     load_rows(O, ld, o);
-UNROLL
+KL_UNROLL
     for (int j = 0; j < KDA_BLOCK; j++) {
         if (j >= m)
             break;
         kl_v u = kl_vload(U + j * ld);
-UNROLL
+KL_UNROLL
         for (int i = j + from_diagonal; i < KDA_BLOCK; i++)
             o[i] += A[i * lda + j] * u;
     }
-UNROLL
+KL_UNROLL
     for (int i = 0; i < KDA_BLOCK; i++)
         if (i < m)
             kl_vstore(O + i * ld, o[i]);

@@ -6,8 +6,6 @@
 #include "kda/cpu/gates.h"
 #include "kda/cpu/state.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
 typedef struct token {
     float decay[KDA_MAX_DIM], k[KDA_MAX_DIM], q[KDA_MAX_DIM], dk[KDA_MAX_DIM]; /* dk = decay k */
     float v[KDA_MAX_DIM], o[KDA_MAX_DIM];
@@ -15,7 +13,7 @@ typedef struct token {
 } token;
 
 /* Sixteen times `vectors` columns: two passes over the state, the second of which writes it. from may be to. */
-INLINE void step_columns(int vectors, const kda_problem *p, token *x, const float *from, int64_t ld_from, float *to, int64_t ld_to,
+KL_INLINE void step_columns(int vectors, const kda_problem *p, token *x, const float *from, int64_t ld_from, float *to, int64_t ld_to,
                          int64_t column)
 {
     from += column;

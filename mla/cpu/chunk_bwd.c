@@ -95,7 +95,7 @@ static void statistics_row(float *s, const float *dp, int64_t seen, float *m, fl
         int64_t size = mla_min(KL_LANES, seen - j);
         kl_v e = kl_vexp(kl_vload(s + j) - best);
         sum += e;
-        product += e * (size == KL_LANES ? kl_vload(dp + j) : kl_vload_n(dp + j, size));
+        product += e * kl_vload_up_to(dp + j, size);
     }
     float factor = expf(*m - best);
     *m = best;

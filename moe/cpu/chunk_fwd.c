@@ -46,8 +46,8 @@ static void swiglu(int64_t rows, int64_t n, float *h, int64_t ld, const float *u
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < n; i += KL_LANES) {
             int64_t left = n - i < KL_LANES ? n - i : KL_LANES;
-            kl_v a = left == KL_LANES ? kl_vload(h + r * ld + i) : kl_vload_n(h + r * ld + i, left);
-            kl_v b = left == KL_LANES ? kl_vload(up + r * n + i) : kl_vload_n(up + r * n + i, left);
+            kl_v a = kl_vload_up_to(h + r * ld + i, left);
+            kl_v b = kl_vload_up_to(up + r * n + i, left);
             kl_v m = a * kl_vsigmoid(a) * b;
             if (left == KL_LANES)
                 kl_vstore(h + r * ld + i, m);
