@@ -317,13 +317,7 @@ static kl_status print_json(const job *j, const kl_provenance *p)
     cJSON_AddNumberToObject(o, "decode_tokens_per_s", rate(decoded(j), j->stats.decode_seconds));
     cJSON_AddNumberToObject(o, "cache_bytes", (double)j->stats.cache_bytes);
     kl_provenance_add(o, p);
-    kl_lines lines = {0};
-    kl_status s = kl_lines_add(&lines, o);
-    if (!kl_failed(s))
-        s = kl_lines_save(&lines, "-");
-    kl_lines_free(&lines);
-    cJSON_Delete(o);
-    return s;
+    return kl_object_print(o);
 }
 
 kl_status cli_generate(const cli_line *line, int argc, char **argv)

@@ -116,13 +116,7 @@ static kl_status print_json(const kl_config *c, const kl_param_count *n, double 
         cJSON_AddNumberToObject(r, "all_mla_bytes", (double)row[i].all_mla);
         cJSON_AddItemToArray(list, r);
     }
-    kl_lines lines = {0};
-    kl_status s = kl_lines_add(&lines, o);
-    if (!kl_failed(s))
-        s = kl_lines_save(&lines, "-");
-    kl_lines_free(&lines);
-    cJSON_Delete(o);
-    return s;
+    return kl_object_print(o);
 }
 
 kl_status cli_info(const cli_line *line, int argc, char **argv)

@@ -27,14 +27,6 @@ static void narrow(void *y, kl_dtype type, const double *x, int64_t first, int64
         kl_set_element(y, type, first + i, x[i]);
 }
 
-static void add_to(float *y, const double *x, int64_t n)
-{
-    for (int64_t i = 0; y && i < n; i++)
-        y[i] = (float)(y[i] + x[i]);
-}
-
-static void clear(double *x, int64_t n) { memset(x, 0, (size_t)n * sizeof *x); }
-
 static kl_status accept(const void *problem, kl_pass pass)
 {
     (void)problem, (void)pass;
@@ -115,12 +107,12 @@ static kl_status backward_mla(kl_ctx *ctx, const void *problem, const void *grad
     KL_REQUIRE(!a.overflow, "workspace: expected %zu bytes, got %zu", workspace_mla(ctx, p, KL_BACKWARD), bytes);
     int64_t weight = p->H * (p->Dn + p->Dv) * p->R, width = p->H * (p->Dn + p->Dr), latent = p->R + p->Dr;
     widen(w.W, p->kv_b, p->weight_dtype, 0, weight);
-    clear(w.dW, weight);
+    kl_clear(w.dW, weight);
     for (int64_t n = 0; n < p->N; n++) {
         ref_mla r = mla_sequence(p, &w, n);
         widen(w.o, g->d_o, p->dtype, p->cu_q[n] * p->H * p->Dv, r.Tq * p->H * p->Dv);
-        clear(w.dq, r.Tq * width);
-        clear(w.dc, r.Tk * latent);
+        kl_clear(w.dq, r.Tq * width);
+        kl_clear(w.dc, r.Tk * latent);
         if (ref_mla_backward(&r, w.o, w.dq, w.dc, w.dW) != 0)
             return kl_error(KL_ENOMEM, "mla reference: out of memory");
         for (int64_t t = 0; g->dq && t < r.Tq; t++)
@@ -128,7 +120,7 @@ static kl_status backward_mla(kl_ctx *ctx, const void *problem, const void *grad
                 kl_set_element(g->dq, p->dtype, (p->cu_q[n] + t) * (p->q_stride ? p->q_stride : width) + i, w.dq[t * width + i]);
         narrow(g->dlatent, KL_F32, w.dc, p->kv_start[n] * latent, r.Tk * latent);
     }
-    add_to(g->dkv_b, w.dW, weight);
+    kl_add_to(g->dkv_b, w.dW, weight);
     return kl_ok();
 }
 
@@ -261,25 +253,25 @@ static kl_status backward_moe(kl_ctx *ctx, const void *problem, const void *grad
     ref_moe r = moe_widened(p, &w);
     int64_t expert = p->I * p->D, shared = p->Is * p->D;
     widen(w.y, g->dy, p->dtype, 0, p->T * p->D);
-    clear(w.dx, p->T * p->D);
-    clear(w.drouter, p->E * p->D);
+    kl_clear(w.dx, p->T * p->D);
+    kl_clear(w.drouter, p->E * p->D);
     double *routed[] = {w.dw1, w.dw3, w.dw2}, *common[] = {w.ds1, w.ds3, w.ds2};
     for (int i = 0; i < 3; i++) {
-        clear(routed[i], p->E * expert);
-        clear(common[i], shared);
+        kl_clear(routed[i], p->E * expert);
+        kl_clear(common[i], shared);
     }
     ref_moe_grad d = {.dx = w.dx, .dw_router = w.drouter, .dw1 = w.dw1s, .dw2 = w.dw2s, .dw3 = w.dw3s, .ds1 = w.ds1, .ds3 = w.ds3, .ds2 = w.ds2};
     if (ref_moe_backward(&r, w.y, &d) != 0)
         return kl_error(KL_ENOMEM, "moe reference: out of memory");
     narrow(g->dx, p->dtype, w.dx, 0, p->T * p->D);
-    add_to(g->drouter, w.drouter, p->E * p->D);
+    kl_add_to(g->drouter, w.drouter, p->E * p->D);
     float *const *out[] = {g->dw1, g->dw3, g->dw2};
     for (int i = 0; i < 3; i++)
         for (int64_t e = 0; out[i] && e < p->E; e++)
-            add_to(out[i][e], routed[i] + e * expert, expert);
-    add_to(g->dshared_w1, w.ds1, shared);
-    add_to(g->dshared_w3, w.ds3, shared);
-    add_to(g->dshared_w2, w.ds2, shared);
+            kl_add_to(out[i][e], routed[i] + e * expert, expert);
+    kl_add_to(g->dshared_w1, w.ds1, shared);
+    kl_add_to(g->dshared_w3, w.ds3, shared);
+    kl_add_to(g->dshared_w2, w.ds2, shared);
     return kl_ok();
 }
 

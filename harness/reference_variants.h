@@ -31,4 +31,13 @@ static inline void kl_set_element(void *x, kl_dtype type, int64_t i, double valu
     }
 }
 
+/* y += x, where y is wanted. */
+static inline void kl_add_to(float *y, const double *x, int64_t n)
+{
+    for (int64_t i = 0; y && i < n; i++)
+        y[i] = (float)(y[i] + x[i]);
+}
+
+static inline void kl_clear(double *x, int64_t n) { memset(x, 0, (size_t)n * sizeof *x); }
+
 #endif

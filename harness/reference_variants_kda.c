@@ -156,14 +156,6 @@ static kl_status forward(kl_ctx *ctx, const void *problem, void *memory, size_t 
     return kl_ok();
 }
 
-static void clear(double *x, int64_t n) { memset(x, 0, (size_t)n * sizeof *x); }
-
-static void add_to(float *y, const double *x, int64_t n)
-{
-    for (int64_t i = 0; y && i < n; i++)
-        y[i] = (float)(y[i] + x[i]);
-}
-
 static kl_status backward(kl_ctx *ctx, const void *problem, const void *grads, void *memory, size_t bytes)
 {
     const kda_problem *p = problem;
@@ -173,8 +165,8 @@ static kl_status backward(kl_ctx *ctx, const void *problem, const void *grads, v
     kl_arena a = kl_arena_over(memory, bytes);
     kda_wide w = lay_out(p, KL_BACKWARD, &a);
     KL_REQUIRE(!a.overflow, "workspace: expected %zu bytes, got %zu", workspace(ctx, p, KL_BACKWARD), bytes);
-    clear(w.dA_log, p->HV);
-    clear(w.ddt_bias, p->HV * p->G);
+    kl_clear(w.dA_log, p->HV);
+    kl_clear(w.ddt_bias, p->HV * p->G);
     for (int64_t n = 0; n < p->N; n++) {
         ref_kda r = sequence(p, &w, n);
         int64_t t0 = first_token(p, n), T = r.T, qk = p->H * p->K, v = p->HV * p->V, S = p->HV * p->K * p->V;
@@ -182,12 +174,12 @@ static kl_status backward(kl_ctx *ctx, const void *problem, const void *grads, v
             widen(w.d_o, g->d_o, p->dtype, t0, T, v, p->o_stride);
         if (g->dht)
             state_in(p, w.dht, g->dht, KL_F32, n);
-        clear(w.dq, T * qk);
-        clear(w.dk, T * qk);
-        clear(w.dv, T * v);
-        clear(w.dg, T * p->HV * p->G);
-        clear(w.dbeta, T * p->HV);
-        clear(w.dh0, S);
+        kl_clear(w.dq, T * qk);
+        kl_clear(w.dk, T * qk);
+        kl_clear(w.dv, T * v);
+        kl_clear(w.dg, T * p->HV * p->G);
+        kl_clear(w.dbeta, T * p->HV);
+        kl_clear(w.dh0, S);
         ref_kda_grad d = {.d_o = g->d_o ? w.d_o : NULL, .dht = g->dht ? w.dht : NULL, .dq = w.dq, .dk = w.dk, .dv = w.dv,
                           .dg = p->G ? w.dg : NULL, .dbeta = w.dbeta, .dA_log = p->A_log ? w.dA_log : NULL,
                           .ddt_bias = p->dt_bias ? w.ddt_bias : NULL, .dh0 = w.dh0};
@@ -200,8 +192,8 @@ static kl_status backward(kl_ctx *ctx, const void *problem, const void *grads, v
         narrow(g->dbeta, p->dtype, w.dbeta, t0, T, p->HV, p->beta_stride);
         state_out(p, g->dh0, KL_F32, w.dh0, n);
     }
-    add_to(g->dA_log, w.dA_log, p->HV);
-    add_to(g->ddt_bias, w.ddt_bias, p->HV * p->G);
+    kl_add_to(g->dA_log, w.dA_log, p->HV);
+    kl_add_to(g->ddt_bias, w.ddt_bias, p->HV * p->G);
     return kl_ok();
 }
 

@@ -135,6 +135,17 @@ void kl_lines_free(kl_lines *l)
     *l = (kl_lines){0};
 }
 
+kl_status kl_object_print(cJSON *o)
+{
+    kl_lines lines = {0};
+    kl_status s = kl_lines_add(&lines, o);
+    if (!kl_failed(s))
+        s = kl_lines_save(&lines, "-");
+    kl_lines_free(&lines);
+    cJSON_Delete(o);
+    return s;
+}
+
 void kl_table_start(kl_table *t, int columns, const char *const *head)
 {
     *t = (kl_table){.columns = columns < KL_TABLE_COLUMNS ? columns : KL_TABLE_COLUMNS};

@@ -38,6 +38,7 @@ typedef struct kl_lines {
 kl_status kl_lines_add(kl_lines *l, const cJSON *row);        /* compact, one line; numbers that are not finite become null */
 kl_status kl_lines_save(const kl_lines *l, const char *path); /* "-": standard output */
 void kl_lines_free(kl_lines *l);
+kl_status kl_object_print(cJSON *o);                          /* one line on standard output; frees o */
 
 /* Columns of text under a head, widths found by themselves; a cell that reads as a number is set flush right. */
 enum { KL_TABLE_COLUMNS = 16 };

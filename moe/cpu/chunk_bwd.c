@@ -231,11 +231,7 @@ kl_status moe_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads
     backward_buffers b = carve(&arena, p, moe_threads(ctx));
     int64_t step = moe_block_tokens(p, KL_BACKWARD);
     for (int64_t t = 0; t < p->T; t += step) {
-        b.block.t = t;
-        b.block.count = p->T - t < step ? p->T - t : step;
-        if (p->E)
-            moe_route(ctx, p, t, b.block.count, &b.block.routes);
-        moe_block_sort(p, &b.block);
+        moe_block_take(ctx, p, t, step, &b.block);
 #pragma omp parallel num_threads(ctx->threads) if (moe_worth_threads(p, b.block.count))
         block_backward(p, g, &b);
         if (p->E)

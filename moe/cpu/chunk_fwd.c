@@ -104,11 +104,7 @@ kl_status moe_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, s
     forward_buffers b = carve(&arena, p, moe_threads(ctx));
     int64_t step = moe_block_tokens(p, KL_FORWARD);
     for (int64_t t = 0; t < p->T; t += step) {
-        b.block.t = t;
-        b.block.count = p->T - t < step ? p->T - t : step;
-        if (p->E)
-            moe_route(ctx, p, t, b.block.count, &b.block.routes);
-        moe_block_sort(p, &b.block);
+        moe_block_take(ctx, p, t, step, &b.block);
 #pragma omp parallel num_threads(ctx->threads) if (moe_worth_threads(p, b.block.count))
         {
 #pragma omp for schedule(dynamic)

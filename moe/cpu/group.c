@@ -98,7 +98,7 @@ static int64_t add_tiles(moe_tile *tiles, int64_t n, int64_t e, int64_t from, in
     return n;
 }
 
-void moe_block_sort(const moe_problem *p, moe_block *b)
+static void cut_tiles(const moe_problem *p, moe_block *b)
 {
     b->inner_count = b->outer_count = 0;
     if (p->Is) {
@@ -112,6 +112,15 @@ void moe_block_sort(const moe_problem *p, moe_block *b)
         b->inner_count = add_tiles(b->inner, b->inner_count, e, b->first[e], b->first[e + 1], p->I);
         b->outer_count = add_tiles(b->outer, b->outer_count, e, b->first[e], b->first[e + 1], p->D);
     }
+}
+
+void moe_block_take(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t tokens, moe_block *b)
+{
+    b->t = t;
+    b->count = p->T - t < tokens ? p->T - t : tokens;
+    if (p->E)
+        moe_route(ctx, p, t, b->count, &b->routes);
+    cut_tiles(p, b);
 }
 
 const float *moe_gather(const moe_problem *p, const moe_block *b, const moe_tile *tile, const void *source, float *buffer)

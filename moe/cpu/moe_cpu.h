@@ -71,7 +71,8 @@ typedef struct moe_block {
 
 int64_t moe_block_tokens(const moe_problem *p, kl_pass pass);
 moe_block moe_block_carve(kl_arena *a, const moe_problem *p, int64_t tokens, int threads);
-void moe_block_sort(const moe_problem *p, moe_block *b);
+/* The tokens from t on, as many as a block holds: routed, sorted by expert and cut into tiles. */
+void moe_block_take(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t tokens, moe_block *b);
 /* Rows of a tile out of source [T,D]: a pointer into it for the shared expert, else a copy in buffer. */
 const float *moe_gather(const moe_problem *p, const moe_block *b, const moe_tile *tile, const void *source, float *buffer);
 
