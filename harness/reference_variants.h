@@ -3,6 +3,8 @@
 #ifndef KL_HARNESS_REFERENCE_VARIANTS_H
 #define KL_HARNESS_REFERENCE_VARIANTS_H
 
+#include <string.h>
+
 #include "harness/problem.h"
 
 /* The family's reference, named "reference". The functions in reference/ take scratch memory of their own beyond the workspace. */

@@ -9,14 +9,6 @@ int64_t mla_absorb_scratch(const mla_problem *p)
     return p->weight_dtype == KL_F32 ? 0 : mla_max(p->Dn * COLUMNS, p->R * OUTPUTS);
 }
 
-static inline void store(float *p, kl_v x, int64_t n)
-{
-    if (n == KL_LANES)
-        kl_vstore(p, x);
-    else
-        kl_vstore_n(p, x, n);
-}
-
 /* out[0..columns) = scale sum_d q[d] w[d][0..columns) */
 static void vector_matrix(const float *q, int64_t Dn, const float *w, int64_t ldw, int64_t columns, float scale, float *out)
 {
@@ -34,7 +26,7 @@ static void vector_matrix(const float *q, int64_t Dn, const float *w, int64_t ld
         kl_v sum = {0};
         for (int64_t d = 0; d < Dn; d++)
             sum += q[d] * kl_vload_as(w + d * ldw, KL_F32, c, size);
-        store(out + c, sum * scale, size);
+        kl_vstore_up_to(out + c, sum * scale, size);
     }
 }
 

@@ -49,10 +49,7 @@ static void swiglu(int64_t rows, int64_t n, float *h, int64_t ld, const float *u
             kl_v a = kl_vload_up_to(h + r * ld + i, left);
             kl_v b = kl_vload_up_to(up + r * n + i, left);
             kl_v m = a * kl_vsigmoid(a) * b;
-            if (left == KL_LANES)
-                kl_vstore(h + r * ld + i, m);
-            else
-                kl_vstore_n(h + r * ld + i, m, left);
+            kl_vstore_up_to(h + r * ld + i, m, left);
         }
 }
 
