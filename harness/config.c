@@ -6,6 +6,8 @@
 
 #include "harness/weights.h"
 
+const char *const kl_output_gate_names[] = {"sigmoid", "swish", "none", NULL};
+
 /* Bounds that keep every product of sizes within 63 bits, far above any model. */
 enum { HIDDEN_MAX = 1 << 17, INNER_MAX = 1 << 20, HEADS_MAX = 4096, HEAD_DIM_MAX = 4096, LATENT_MAX = 1 << 16, EXPERTS_MAX = 4096, SHARED_MAX = 64,
        VOCAB_MAX = 1 << 28, CONV_MAX = 16 };

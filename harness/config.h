@@ -47,6 +47,9 @@ typedef struct kl_config {
     float routed_scaling_factor;
 } kl_config;
 
+/* "sigmoid", "swish", "none" by kda_output_gate, then NULL: the words of config.json and of kl_config_set. */
+extern const char *const kl_output_gate_names[];
+
 /* Consistency of every field; the message names the key as config.json spells it. */
 kl_status kl_config_validate(const kl_config *c);
 

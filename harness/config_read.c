@@ -258,7 +258,7 @@ static kl_status read_model(kl_config *c, const cJSON *json)
 
 static kl_status read_kda(kl_config *c, const cJSON *json, const cJSON *linear)
 {
-    static const char *const betas[] = {"sigmoid", "sigmoid2", NULL}, *const gates[] = {"sigmoid", "swish", "none", NULL};
+    static const char *const betas[] = {"sigmoid", "sigmoid2", NULL};
     static const struct { const char *released, *native; size_t offset; } sizes[] = {
         {"num_heads", "linear_num_heads", offsetof(kl_config, kda_heads)},
         {"head_dim", "linear_head_dim", offsetof(kl_config, kda_head_dim)},
@@ -286,7 +286,7 @@ static kl_status read_kda(kl_config *c, const cJSON *json, const cJSON *linear)
     c->gate_values = c->kda_head_dim;
     KL_TRY(get_integer(json, "kl_gate_values", NULL, false, &c->gate_values));
     KL_TRY(get_choice(json, "kl_beta", NULL, betas, &beta));
-    KL_TRY(get_choice(json, "kl_output_gate", NULL, gates, &output_gate));
+    KL_TRY(get_choice(json, "kl_output_gate", NULL, kl_output_gate_names, &output_gate));
     c->beta_kind = beta ? KDA_BETA_SIGMOID2 : KDA_BETA_SIGMOID;
     c->output_gate = (kda_output_gate)output_gate;
     return kl_ok();

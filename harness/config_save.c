@@ -46,7 +46,6 @@ static void put_layers(FILE *out, const kl_config *c, const char *key, int mixer
 
 static void put_kda(FILE *out, const kl_config *c)
 {
-    static const char *const gates[] = {"sigmoid", "swish", "none"};
     fputs("  \"linear_attn_config\": {\n", out);
     put_layers(out, c, "kda_layers", KL_MIX_KDA);
     put_layers(out, c, "full_attn_layers", KL_MIX_MLA);
@@ -59,7 +58,7 @@ static void put_kda(FILE *out, const kl_config *c)
     if (c->beta_kind == KDA_BETA_SIGMOID2)
         put_text(out, "kl_beta", "sigmoid2");
     if (c->output_gate != KDA_OUT_SIGMOID)
-        put_text(out, "kl_output_gate", gates[c->output_gate]);
+        put_text(out, "kl_output_gate", kl_output_gate_names[c->output_gate]);
 }
 
 static void put_mla(FILE *out, const kl_config *c)

@@ -156,9 +156,8 @@ static kl_status set_dtype(kl_config *c, const char *text)
 
 static kl_status set_output_gate(kl_config *c, const char *text)
 {
-    static const char *const names[] = {"sigmoid", "swish", "none", NULL};
     int kind = 0;
-    KL_TRY(parse_choice("output_gate", text, names, &kind));
+    KL_TRY(parse_choice("output_gate", text, kl_output_gate_names, &kind));
     c->output_gate = (kda_output_gate)kind;
     return kl_ok();
 }

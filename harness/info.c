@@ -60,7 +60,7 @@ static void add_layers(cJSON *o, const char *name, const kl_config *c, int mixer
 
 cJSON *kl_info_config(const kl_config *c)
 {
-    static const char *const gates[] = {"log", "softplus", "bounded"}, *const outputs[] = {"sigmoid", "swish", "none"};
+    static const char *const gates[] = {"log", "softplus", "bounded"};
     static const char *const betas[] = {"plain", "sigmoid", "sigmoid2"};
     cJSON *o = cJSON_CreateObject();
     add_int(o, "vocab_size", c->vocab_size);
@@ -78,7 +78,7 @@ cJSON *kl_info_config(const kl_config *c)
     cJSON_AddStringToObject(o, "gate", gates[c->gate]);
     add_int(o, "gate_values", c->gate_values);
     cJSON_AddStringToObject(o, "beta", betas[c->beta_kind]);
-    cJSON_AddStringToObject(o, "output_gate", outputs[c->output_gate]);
+    cJSON_AddStringToObject(o, "output_gate", kl_output_gate_names[c->output_gate]);
     add_int(o, "num_attention_heads", c->num_heads);
     add_int(o, "kv_lora_rank", c->kv_lora_rank);
     add_int(o, "qk_nope_head_dim", c->qk_nope_head_dim);
