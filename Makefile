@@ -4,7 +4,8 @@ SAN     ?= 0
 DEBUG   ?= 0
 ARCH    ?= native
 PREFIX  ?= /usr/local
-BUILD   ?= build$(if $(filter 1,$(SAN)),-san)$(if $(filter 1,$(DEBUG)),-debug)
+EMULATE ?= 0
+BUILD   ?= build$(if $(filter 1,$(SAN)),-san)$(if $(filter 1,$(DEBUG)),-debug)$(if $(filter 1,$(EMULATE)),-emulate)
 V       ?= 0
 Q       := $(if $(filter 1,$(V)),,@)
 MAKEFLAGS += --no-builtin-rules
@@ -15,7 +16,7 @@ CC := gcc
 endif
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA ?= $(if $(NVCC),1,0)
-ifeq ($(SAN),1)
+ifneq ($(filter 1,$(SAN) $(EMULATE)),)
 override CUDA := 0
 endif
 
@@ -35,6 +36,8 @@ COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 DIRTY   := $(shell git status --porcelain 2>/dev/null | grep -q . && echo 1 || echo 0)
 CFLAGS  ?=
 override CFLAGS += -std=gnu11 -g $(OPT) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno $(WARN) -I.
+CXX     := g++
+CXXFLAGS := -std=c++17 -g $(subst -O3,-O2,$(OPT)) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno -DKL_EMULATE -Wall -Wextra -Wno-unknown-pragmas -I.
 NVFLAGS := -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -lineinfo -cudart static -I. -Xcompiler -fPIC,-Wall
 LDLIBS   = $(DEP_LIBS) -fopenmp -lm
 ifeq ($(CUDA),1)
@@ -47,10 +50,17 @@ C_SRC   := $(filter-out harness/main.c,$(C_SRC))
 CU_SRC  := $(wildcard common/*.cu kda/cuda/*.cu mla/cuda/*.cu moe/cuda/*.cu harness/cuda/*.cu)
 ifeq ($(CUDA),1)
 C_SRC   := $(filter-out %_absent.c,$(C_SRC))
+else ifeq ($(EMULATE),1)
+C_SRC   := $(filter-out %_absent.c,$(C_SRC))
+CU_SRC  := $(filter-out common/gpu.cu,$(CU_SRC)) common/emulate.cc common/gpu_emulated.cc
+LDLIBS  += -lstdc++
 else
 CU_SRC  :=
 endif
-OBJ     := $(C_SRC:%.c=$(BUILD)/obj/%.o) $(CU_SRC:%.cu=$(BUILD)/obj/%.cu.o)
+ifneq ($(CU_SRC),)
+override CFLAGS += -DKL_HAVE_CUDA
+endif
+OBJ     := $(C_SRC:%.c=$(BUILD)/obj/%.o) $(CU_SRC:%=$(BUILD)/obj/%.o)
 TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 PUBLIC  := $(filter-out %internal.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
@@ -66,7 +76,7 @@ help:
 	@echo "make install    headers, libraries, kl.pc and kl under PREFIX=/usr/local (DESTDIR honoured)"
 	@echo "make deps       install the Debian packages that are missing"
 	@echo "make clean      remove $(BUILD)"
-	@echo "switches        ARCH=native|x86-64-v3|..., CC=gcc|clang, CUDA=0|1, DEBUG=1, SAN=1, BUILD=dir, V=1"
+	@echo "switches        ARCH=native|x86-64-v3|..., CC=gcc|clang, CUDA=0|1, EMULATE=1 (GPU kernels on the host, for tests), DEBUG=1, SAN=1, BUILD=dir, V=1"
 
 checklibs:
 	@command -v $(CC) >/dev/null || { echo "make: no C compiler '$(CC)': run 'make deps'"; exit 1; }
@@ -77,10 +87,21 @@ $(BUILD)/obj/%.o: %.c
 	@$(if $(Q),echo "  cc    $<")
 	$(Q)$(CC) $(CFLAGS) $(DEP_CFLAGS) -MMD -MP -c $< -o $@
 
+ifeq ($(EMULATE),1)
+$(BUILD)/obj/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	@$(if $(Q),echo "  c++   $<")
+	$(Q)$(CXX) -x c++ $(CXXFLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+$(BUILD)/obj/%.cc.o: %.cc
+	@mkdir -p $(@D)
+	@$(if $(Q),echo "  c++   $<")
+	$(Q)$(CXX) $(CXXFLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+else
 $(BUILD)/obj/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	@$(if $(Q),echo "  nvcc  $<")
 	$(Q)$(NVCC) $(NVFLAGS) -MMD -MF $(@:.o=.d) -c $< -o $@
+endif
 
 # The build's own identity: rewritten only when it changes.
 $(BUILD)/build_info.h: FORCE

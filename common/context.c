@@ -22,10 +22,20 @@ kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
     ctx->device_index = o.device_index;
     ctx->threads = o.threads ? o.threads : omp_get_max_threads();
     kl_blas_single_threaded();
+    kl_status s = o.device == KL_CUDA ? kl_gpu_open(ctx) : kl_ok();
+    if (kl_failed(s)) {
+        kl_ctx_destroy(ctx);
+        return s;
+    }
     *out = ctx;
     return kl_ok();
 }
 
-void kl_ctx_destroy(kl_ctx *ctx) { free(ctx); }
+void kl_ctx_destroy(kl_ctx *ctx)
+{
+    if (ctx && ctx->device == KL_CUDA)
+        kl_gpu_close(ctx);
+    free(ctx);
+}
 
 const char *kl_device_name(kl_device device) { return device == KL_CUDA ? "cuda" : "cpu"; }

@@ -2,11 +2,28 @@
 
 #include <cstdio>
 #include <cuda_runtime.h>
+#include <new>
+#include <nvtx3/nvToolsExt.h>
+
+#include "common/device.cuh"
 
 #define KL_STRING_(x) #x
 #define KL_STRING(x) KL_STRING_(x)
 
+/* Kernels need bulk copies and clusters in places, so sm_90; the rest is written for sm_80 and later. */
+enum { OLDEST = 90 };
+
+struct kl_gpu_clock {
+    cudaEvent_t start, stop;
+};
+struct kl_gpu_graph {
+    cudaGraphExec_t exec;
+};
+
+static cudaStream_t stream_of(const kl_ctx *ctx) { return (cudaStream_t)ctx->stream; }
+
 bool kl_gpu_compiled(void) { return true; }
+bool kl_gpu_emulated(void) { return false; }
 
 int kl_gpu_count(void)
 {
@@ -31,11 +48,156 @@ void kl_gpu_describe(int index, char *text, size_t size)
 
 kl_status kl_gpu_check(int index)
 {
-    int count = 0;
+    int count = 0, major = 0, minor = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e != cudaSuccess)
         return kl_error(KL_EDEVICE, "device: cuda:%d was asked for, but CUDA found no device (%s); use --device cpu", index, cudaGetErrorString(e));
     if (index < 0 || index >= count)
         return kl_error(KL_EDEVICE, "device: expected an index below %d, got cuda:%d", count, index);
-    return kl_error(KL_EUNSUPPORTED, "device: no CUDA kernels are in this build yet; use --device cpu");
+    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device"));
+    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device"));
+    if (10 * major + minor < OLDEST)
+        return kl_error(KL_EDEVICE, "device: expected compute capability %d.%d or newer, got %d.%d of cuda:%d; use --device cpu",
+                        OLDEST / 10, OLDEST % 10, major, minor, index);
+    return kl_ok();
 }
+
+int kl_gpu_multiprocessors(const kl_ctx *ctx)
+{
+    int count = 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, ctx->device_index);
+    return count;
+}
+
+kl_status kl_gpu_open(kl_ctx *ctx)
+{
+    KL_TRY(kl_cuda(cudaSetDevice(ctx->device_index), "device"));
+    cudaStream_t s;
+    KL_TRY(kl_cuda(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "stream"));
+    ctx->stream = s;
+    return kl_ok();
+}
+
+void kl_gpu_close(kl_ctx *ctx)
+{
+    if (ctx->stream)
+        cudaStreamDestroy(stream_of(ctx));
+    ctx->stream = nullptr;
+}
+
+kl_status kl_gpu_memory(const kl_ctx *ctx, size_t *free_bytes, size_t *total_bytes)
+{
+    (void)ctx;
+    return kl_cuda(cudaMemGetInfo(free_bytes, total_bytes), "device memory");
+}
+
+kl_status kl_gpu_alloc(const kl_ctx *ctx, void **memory, size_t bytes)
+{
+    *memory = nullptr;
+    cudaError_t e = cudaMalloc(memory, bytes ? bytes : 1);
+    if (e == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        size_t left = 0, total = 0;
+        kl_gpu_memory(ctx, &left, &total);
+        return kl_error(KL_ENOMEM, "device memory: expected room for %zu bytes, %zu of %zu are free", bytes, left, total);
+    }
+    return kl_cuda(e, "device memory");
+}
+
+void kl_gpu_free(const kl_ctx *ctx, void *memory)
+{
+    (void)ctx;
+    cudaFree(memory);
+}
+
+kl_status kl_gpu_copy(const kl_ctx *ctx, void *dst, const void *src, size_t bytes)
+{
+    if (bytes)
+        KL_TRY(kl_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, stream_of(ctx)), "copy"));
+    return kl_gpu_sync(ctx);
+}
+
+kl_status kl_gpu_fill(const kl_ctx *ctx, void *dst, int byte, size_t bytes)
+{
+    return bytes ? kl_cuda(cudaMemsetAsync(dst, byte, bytes, stream_of(ctx)), "fill") : kl_ok();
+}
+
+kl_status kl_gpu_sync(const kl_ctx *ctx) { return kl_cuda(cudaStreamSynchronize(stream_of(ctx)), "device"); }
+
+kl_status kl_gpu_clock_create(const kl_ctx *ctx, kl_gpu_clock **out)
+{
+    (void)ctx;
+    kl_gpu_clock *c = new (std::nothrow) kl_gpu_clock();
+    *out = nullptr;
+    if (!c)
+        return kl_error(KL_ENOMEM, "clock: out of memory");
+    kl_status s = kl_cuda(cudaEventCreate(&c->start), "clock");
+    if (!kl_failed(s))
+        s = kl_cuda(cudaEventCreate(&c->stop), "clock");
+    if (kl_failed(s)) {
+        kl_gpu_clock_destroy(c);
+        return s;
+    }
+    *out = c;
+    return s;
+}
+
+void kl_gpu_clock_destroy(kl_gpu_clock *c)
+{
+    if (!c)
+        return;
+    if (c->start)
+        cudaEventDestroy(c->start);
+    if (c->stop)
+        cudaEventDestroy(c->stop);
+    delete c;
+}
+
+kl_status kl_gpu_clock_start(const kl_ctx *ctx, kl_gpu_clock *c) { return kl_cuda(cudaEventRecord(c->start, stream_of(ctx)), "clock"); }
+
+kl_status kl_gpu_clock_stop(const kl_ctx *ctx, kl_gpu_clock *c, double *seconds)
+{
+    float ms = 0.0f;
+    KL_TRY(kl_cuda(cudaEventRecord(c->stop, stream_of(ctx)), "clock"));
+    KL_TRY(kl_cuda(cudaEventSynchronize(c->stop), "device"));
+    KL_TRY(kl_cuda(cudaEventElapsedTime(&ms, c->start, c->stop), "clock"));
+    *seconds = 1e-3 * ms;
+    return kl_ok();
+}
+
+kl_status kl_gpu_graph_begin(const kl_ctx *ctx)
+{
+    return kl_cuda(cudaStreamBeginCapture(stream_of(ctx), cudaStreamCaptureModeThreadLocal), "graph");
+}
+
+kl_status kl_gpu_graph_end(const kl_ctx *ctx, kl_gpu_graph **out)
+{
+    *out = nullptr;
+    cudaGraph_t graph = nullptr;
+    KL_TRY(kl_cuda(cudaStreamEndCapture(stream_of(ctx), &graph), "graph"));
+    cudaGraphExec_t exec = nullptr;
+    kl_status s = kl_cuda(cudaGraphInstantiate(&exec, graph, 0), "graph");
+    cudaGraphDestroy(graph);
+    KL_TRY(s);
+    kl_gpu_graph *g = new (std::nothrow) kl_gpu_graph();
+    if (!g) {
+        cudaGraphExecDestroy(exec);
+        return kl_error(KL_ENOMEM, "graph: out of memory");
+    }
+    g->exec = exec;
+    *out = g;
+    return kl_ok();
+}
+
+kl_status kl_gpu_graph_launch(const kl_ctx *ctx, kl_gpu_graph *g) { return kl_cuda(cudaGraphLaunch(g->exec, stream_of(ctx)), "graph"); }
+
+void kl_gpu_graph_destroy(kl_gpu_graph *g)
+{
+    if (!g)
+        return;
+    cudaGraphExecDestroy(g->exec);
+    delete g;
+}
+
+void kl_gpu_range_push(const char *name) { nvtxRangePushA(name); }
+void kl_gpu_range_pop(void) { nvtxRangePop(); }

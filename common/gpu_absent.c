@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 bool kl_gpu_compiled(void) { return false; }
+bool kl_gpu_emulated(void) { return false; }
 int kl_gpu_count(void) { return 0; }
 const char *kl_gpu_toolkit(void) { return "none"; }
 
@@ -15,3 +16,26 @@ kl_status kl_gpu_check(int index)
 {
     return kl_error(KL_EDEVICE, "device: cuda:%d was asked for, but this build has no CUDA side (no nvcc when it was built); use --device cpu", index);
 }
+
+/* No context for a device is ever created in this build, so nothing below is reached with one. */
+static kl_status absent(void) { return kl_gpu_check(0); }
+
+int kl_gpu_multiprocessors(const kl_ctx *ctx) { return (void)ctx, 0; }
+kl_status kl_gpu_open(kl_ctx *ctx) { return (void)ctx, absent(); }
+void kl_gpu_close(kl_ctx *ctx) { (void)ctx; }
+kl_status kl_gpu_alloc(const kl_ctx *ctx, void **memory, size_t bytes) { return (void)ctx, (void)bytes, *memory = NULL, absent(); }
+void kl_gpu_free(const kl_ctx *ctx, void *memory) { (void)ctx, (void)memory; }
+kl_status kl_gpu_memory(const kl_ctx *ctx, size_t *left, size_t *total) { return (void)ctx, *left = *total = 0, absent(); }
+kl_status kl_gpu_copy(const kl_ctx *ctx, void *dst, const void *src, size_t bytes) { return (void)ctx, (void)dst, (void)src, (void)bytes, absent(); }
+kl_status kl_gpu_fill(const kl_ctx *ctx, void *dst, int byte, size_t bytes) { return (void)ctx, (void)dst, (void)byte, (void)bytes, absent(); }
+kl_status kl_gpu_sync(const kl_ctx *ctx) { return (void)ctx, absent(); }
+kl_status kl_gpu_clock_create(const kl_ctx *ctx, kl_gpu_clock **clock) { return (void)ctx, *clock = NULL, absent(); }
+void kl_gpu_clock_destroy(kl_gpu_clock *clock) { (void)clock; }
+kl_status kl_gpu_clock_start(const kl_ctx *ctx, kl_gpu_clock *clock) { return (void)ctx, (void)clock, absent(); }
+kl_status kl_gpu_clock_stop(const kl_ctx *ctx, kl_gpu_clock *clock, double *seconds) { return (void)ctx, (void)clock, *seconds = 0.0, absent(); }
+kl_status kl_gpu_graph_begin(const kl_ctx *ctx) { return (void)ctx, absent(); }
+kl_status kl_gpu_graph_end(const kl_ctx *ctx, kl_gpu_graph **graph) { return (void)ctx, *graph = NULL, absent(); }
+kl_status kl_gpu_graph_launch(const kl_ctx *ctx, kl_gpu_graph *graph) { return (void)ctx, (void)graph, absent(); }
+void kl_gpu_graph_destroy(kl_gpu_graph *graph) { (void)graph; }
+void kl_gpu_range_push(const char *name) { (void)name; }
+void kl_gpu_range_pop(void) {}

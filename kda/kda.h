@@ -8,7 +8,8 @@
  *
  * Tensors are packed token after token; a stride is the distance, in elements, from one token to the
  * next (0: contiguous) and must be at least the width of a token. Heads and channels are contiguous.
- * Inputs are owned by the caller and never written. CPU variants take float tensors. */
+ * Inputs are owned by the caller and never written. On the CPU tensors are host memory and float; on CUDA every pointer
+ * below is device memory except cu_seqlens, which is host memory on both and is read before the call returns. */
 #ifndef KL_KDA_H
 #define KL_KDA_H
 
@@ -74,7 +75,8 @@ typedef struct kda_problem {
     /* state */
     const void *h0;            /* [N or pool,HV,K,V] in state_layout; NULL: zero */
     void *ht;                  /* same shape; NULL: not wanted. May be h0: updated in place */
-    const int64_t *state_index;/* [N]: sequence n reads and writes slot state_index[n] of a pool, all distinct; NULL: n */
+    const int64_t *state_index;/* [N]: sequence n reads and writes slot state_index[n] of a pool, all distinct; NULL: n. On CUDA it is
+                                * device memory, read when the kernel runs: a sequence whose slot is outside the pool is left out (o unwritten) */
     int64_t state_pool;        /* slots in the pool; 0: N */
 
     /* outputs */

@@ -101,14 +101,21 @@ static kl_status validate_extent(const kda_problem *p)
 /* Slots in a window of the pool at a time, so that the bitmap stays on the stack. */
 enum { WINDOW = 1 << 15 };
 
-static kl_status validate_index(const kda_problem *p)
+static kl_status validate_pool(const kda_problem *p)
 {
     int64_t pool = p->state_pool ? p->state_pool : p->N;
     KL_REQUIRE(p->state_pool >= 0, "kda: state_pool: expected at least 0, got %lld", (long long)p->state_pool);
-    if (!p->state_index) {
-        KL_REQUIRE(pool >= p->N, "kda: state_pool: expected at least N = %lld slots, got %lld", (long long)p->N, (long long)pool);
+    KL_REQUIRE(p->state_index || pool >= p->N, "kda: state_pool: expected at least N = %lld slots, got %lld", (long long)p->N,
+               (long long)pool);
+    return kl_ok();
+}
+
+/* The slots themselves, where the host can read them. */
+static kl_status validate_index(const kda_problem *p)
+{
+    int64_t pool = p->state_pool ? p->state_pool : p->N;
+    if (!p->state_index)
         return kl_ok();
-    }
     for (int64_t n = 0; n < p->N; n++)
         KL_REQUIRE(p->state_index[n] >= 0 && p->state_index[n] < pool, "kda: state_index[%lld]: expected 0..%lld, got %lld",
                    (long long)n, (long long)(pool - 1), (long long)p->state_index[n]);
@@ -174,7 +181,9 @@ kl_status kda_validate(const kl_ctx *ctx, const kda_problem *p)
     KL_TRY(validate_layout(p));
     KL_TRY(kda_validate_sequences("kda", p->B, p->T, p->N, p->cu_seqlens));
     KL_TRY(validate_extent(p));
-    KL_TRY(validate_index(p));
+    KL_TRY(validate_pool(p));
+    if (ctx && ctx->device == KL_CPU)
+        KL_TRY(validate_index(p));
     KL_TRY(validate_options(p));
     return ctx ? validate_pointers(p) : kl_ok();
 }
