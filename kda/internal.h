@@ -20,7 +20,7 @@ static inline kda_span kda_sequence(int64_t T, const int64_t *cu_seqlens, int64_
     return (kda_span){cu_seqlens[n], cu_seqlens[n + 1] - cu_seqlens[n]};
 }
 
-static inline int64_t kda_chunk_tokens(const kda_problem *p) { return p->chunk ? p->chunk : KDA_DEFAULT_CHUNK; }
+static inline int64_t kda_chunk_tokens(const kda_problem *p) { return p->chunk ? p->chunk : (int64_t)KDA_DEFAULT_CHUNK; }
 static inline float kda_scale(float scale, int64_t K) { return scale != 0.0f ? scale : 1.0f / sqrtf((float)K); }
 static inline int64_t kda_stride(int64_t stride, int64_t width) { return stride ? stride : width; }
 static inline int64_t kda_slot(const kda_problem *p, int64_t n) { return p->state_index ? p->state_index[n] : n; }
