@@ -260,18 +260,18 @@ static kl_status forward_dplr(kl_ctx *ctx, const void *problem, void *memory, si
     int64_t keys = p->H * p->K, values = p->H * p->V, S = p->H * p->K * p->V;
     for (int64_t n = 0; n < p->N; n++) {
         int64_t t0 = p->cu_seqlens ? p->cu_seqlens[n] : n * p->T, T = dplr_tokens(p, n);
-        const float *from[] = {p->q, p->k, p->a, p->b, p->g};
+        const void *from[] = {p->q, p->k, p->a, p->b, p->g};
         double *to[] = {w.q, w.k, w.a, w.b, w.g};
         for (int i = 0; i < 5; i++)
-            widen(to[i], from[i], KL_F32, t0, T, keys, 0);
-        widen(w.v, p->v, KL_F32, t0, T, values, 0);
+            widen(to[i], from[i], p->dtype, t0, T, keys, 0);
+        widen(w.v, p->v, p->dtype, t0, T, values, 0);
         if (p->h0)
             widen(w.h0, p->h0, KL_F32, n, 1, S, 0);
         ref_dplr r = {.T = T, .H = p->H, .K = p->K, .V = p->V, .scale = p->scale, .q = w.q, .k = w.k, .a = w.a, .b = w.b,
                       .g = w.g, .v = w.v, .h0 = p->h0 ? w.h0 : NULL};
         if (ref_dplr_forward(&r, w.o, w.ht) != 0)
             return kl_error(KL_ENOMEM, "dplr reference: out of memory");
-        narrow(p->o, KL_F32, w.o, t0, T, values, 0);
+        narrow(p->o, p->dtype, w.o, t0, T, values, 0);
         narrow(p->ht, KL_F32, w.ht, n, 1, S, 0);
     }
     return kl_ok();
@@ -284,7 +284,8 @@ static kl_cost cost_dplr(const void *problem, kl_pass pass)
     (void)pass;
     double tokens = (double)p->B * (double)p->T, S = (double)p->H * (double)p->K * (double)p->V;
     double states = (double)p->N * S * ((p->h0 ? 1.0 : 0.0) + (p->ht ? 1.0 : 0.0));
-    return (kl_cost){9.0 * tokens * S, 4.0 * (tokens * (double)p->H * (double)(5 * p->K + 2 * p->V) + states)};
+    double inputs = tokens * (double)p->H * (double)(5 * p->K + 2 * p->V) * (double)kl_dtype_size(p->dtype);
+    return (kl_cost){9.0 * tokens * S, inputs + 4.0 * states};
 }
 
 const kl_variant kl_reference_dplr = {"dplr", "reference", KL_CPU, "token by token in double precision", check_dplr, workspace_dplr,

@@ -4,6 +4,7 @@
 kl_status dplr_validate(const kl_ctx *ctx, const dplr_problem *p)
 {
     KL_REQUIRE(p, "dplr: problem: expected a pointer, got NULL");
+    KL_REQUIRE(p->dtype == KL_F32 || p->dtype == KL_BF16, "dplr: dtype: expected float32 or bfloat16, got %s", kl_dtype_name(p->dtype));
     KL_REQUIRE(p->H >= 1 && p->H <= INT32_MAX, "dplr: H: expected 1 or more heads, got %lld", (long long)p->H);
     KL_REQUIRE(p->K >= 1 && p->K <= KDA_MAX_DIM, "dplr: K: expected 1..%d, got %lld", KDA_MAX_DIM, (long long)p->K);
     KL_REQUIRE(p->V >= 1 && p->V <= KDA_MAX_DIM, "dplr: V: expected 1..%d, got %lld", KDA_MAX_DIM, (long long)p->V);
@@ -29,13 +30,18 @@ kl_status dplr_validate(const kl_ctx *ctx, const dplr_problem *p)
 
 static kl_status check_chunk(const void *problem, kl_pass pass)
 {
-    (void)problem;
-    return pass == KL_FORWARD ? kl_ok() : kl_error(KL_EUNSUPPORTED, "dplr: pass: variant chunk on cpu offers forward only");
+    const dplr_problem *p = problem;
+    if (pass != KL_FORWARD)
+        return kl_error(KL_EUNSUPPORTED, "dplr: pass: variant chunk on cpu offers forward only");
+    if (p->dtype != KL_F32)
+        return kl_error(KL_EUNSUPPORTED, "dplr: dtype: variant chunk on cpu offers float32, got %s", kl_dtype_name(p->dtype));
+    return kl_ok();
 }
 
 static kl_status run_chunk(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
     KL_TRY(dplr_validate(ctx, problem));
+    KL_TRY(check_chunk(problem, KL_FORWARD));
     return dplr_cpu_chunk_forward(ctx, problem, workspace, bytes);
 }
 
@@ -45,8 +51,8 @@ static kl_cost cost_chunk(const void *problem, kl_pass pass)
     (void)pass;
     const dplr_problem *p = problem;
     double tokens = (double)p->B * (double)p->T * (double)p->H, C = (double)(p->chunk ? p->chunk : 64), K = (double)p->K, V = (double)p->V;
-    double states = (double)p->N * p->H * K * V * ((p->h0 != NULL) + (p->ht != NULL));
-    return (kl_cost){.flops = tokens * (8.0 * K * V + 4.0 * C * K + 4.0 * C * V), .bytes = 4.0 * (tokens * (5.0 * K + 2.0 * V) + states)};
+    double states = (double)p->N * p->H * K * V * ((p->h0 != NULL) + (p->ht != NULL)), size = (double)kl_dtype_size(p->dtype);
+    return (kl_cost){.flops = tokens * (8.0 * K * V + 4.0 * C * K + 4.0 * C * V), .bytes = size * tokens * (5.0 * K + 2.0 * V) + 4.0 * states};
 }
 
 static const kl_variant variants[] = {

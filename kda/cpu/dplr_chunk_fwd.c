@@ -66,15 +66,16 @@ static void load(const panel *w, int64_t t, int64_t count, scratch *s)
 {
     const dplr_problem *p = w->p;
     kda_problem gate = {.K = p->K, .G = p->K, .HV = p->H};
+    const float *q = p->q, *k = p->k, *a = p->a, *b = p->b, *g = p->g, *values = p->v;
     for (int64_t i = 0; i < count; i++) {
         int64_t at = ((t + i) * p->H + w->h) * p->K, to = i * w->Kl;
-        kda_unit_row(false, p->K, kda_scale(p->scale, p->K), p->q + at, s->q + to);
-        kda_unit_row(false, p->K, 1.0f, p->k + at, s->k + to);
-        kda_unit_row(false, p->K, 1.0f, p->a + at, s->a + to);
-        kda_unit_row(false, p->K, 1.0f, p->b + at, s->b + to);
-        kda_decay_row(&gate, w->h, p->g + at, s->decay + to);
+        kda_unit_row(false, p->K, kda_scale(p->scale, p->K), q + at, s->q + to);
+        kda_unit_row(false, p->K, 1.0f, k + at, s->k + to);
+        kda_unit_row(false, p->K, 1.0f, a + at, s->a + to);
+        kda_unit_row(false, p->K, 1.0f, b + at, s->b + to);
+        kda_decay_row(&gate, w->h, g + at, s->decay + to);
         float *v = s->v + i * w->Vp;
-        memcpy(v, p->v + ((t + i) * p->H + w->h) * p->V + w->v0, (size_t)w->columns * sizeof(float));
+        memcpy(v, values + ((t + i) * p->H + w->h) * p->V + w->v0, (size_t)w->columns * sizeof(float));
         memset(v + w->columns, 0, (size_t)(w->Vp - w->columns) * sizeof(float));
     }
 }
@@ -247,7 +248,7 @@ static void run_panel(const panel *w, scratch *s)
         load(w, t, count, s);
         run_chunk(w, count, s);
         for (int64_t i = 0; i < count; i++)
-            memcpy(p->o + ((t + i) * p->H + w->h) * p->V + w->v0, s->v + (2 * count + i) * w->Vp, (size_t)w->columns * sizeof(float));
+            memcpy((float *)p->o + ((t + i) * p->H + w->h) * p->V + w->v0, s->v + (2 * count + i) * w->Vp, (size_t)w->columns * sizeof(float));
     }
     if (p->ht)
         kda_state_store(KDA_STATE_KV, p->K, p->V, s->S, w->Vp, w->v0, w->columns, p->ht + head * size);
