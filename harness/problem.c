@@ -4,12 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/gpu.h"
 #include "harness/problem_build.h"
 #include "harness/report.h"
 
-static const char *const regime_names[] = {"strong", "slow", "mixed"};
+static const char *const regime_names[KL_REGIMES] = {"strong", "slow", "mixed", "zero", "-5", "-60|0", "-1000"};
 
-const char *kl_regime_name(kl_regime r) { return (unsigned)r < 3 ? regime_names[r] : "unknown"; }
+const char *kl_regime_name(kl_regime r) { return (unsigned)r < KL_REGIMES ? regime_names[r] : "unknown"; }
 
 kl_status kl_regime_parse(const char *name, kl_regime *r)
 {
@@ -86,26 +87,61 @@ void kl_case_free(kl_case *c)
 {
     for (int i = 0; i < c->count; i++)
         free(c->tensor[i].want);
+    kl_image_free(c->image);
     free(c->memory);
     *c = (kl_case){0};
 }
 
+const void *kl_case_problem(const kl_case *c, kl_device device)
+{
+    return device == KL_CUDA ? &kl_image_case(c->image)->problem : &c->problem;
+}
+
+/* The guard behind the workspace. */
+enum { GUARD = 64 };
+
+static kl_status grow_host(kl_scratch *s, size_t room)
+{
+    if (room <= s->host_room)
+        return kl_ok();
+    free(s->host);
+    s->host_room = 0;
+    s->host = aligned_alloc(64, room);
+    if (!s->host)
+        return kl_error(KL_ENOMEM, "workspace: out of memory for %zu bytes", room);
+    s->host_room = room;
+    return kl_ok();
+}
+
+static kl_status grow_device(kl_scratch *s, const kl_ctx *ctx, size_t room)
+{
+    if (room <= s->device_room)
+        return kl_ok();
+    if (s->device)
+        kl_gpu_free(s->ctx, s->device);
+    s->device_room = 0;
+    s->ctx = ctx;
+    KL_TRY(kl_gpu_alloc(ctx, &s->device, room));
+    s->device_room = room;
+    return kl_ok();
+}
+
 kl_status kl_scratch_for(kl_scratch *s, const kl_ctx *ctx, const kl_variant *v, const kl_case *c, kl_pass pass)
 {
-    s->bytes = v->workspace ? v->workspace(ctx, &c->problem, pass) : 0;
-    size_t room = ((s->bytes + 63) & ~(size_t)63) + 64;
+    bool device = v->device == KL_CUDA;
+    s->bytes = v->workspace ? v->workspace(ctx, kl_case_problem(c, v->device), pass) : 0;
+    size_t room = ((s->bytes + 63) & ~(size_t)63) + GUARD;
     KL_REQUIRE(room > s->bytes, "%s %s: its workspace does not fit size_t", v->family, v->name);
-    if (room <= s->room)
-        return kl_ok();
-    free(s->memory);
-    s->memory = aligned_alloc(64, room);
-    s->room = s->memory ? room : 0;
-    return s->memory ? kl_ok() : kl_error(KL_ENOMEM, "%s %s: out of memory for a workspace of %zu bytes", v->family, v->name, s->bytes);
+    KL_TRY(kl_error_in(device ? grow_device(s, ctx, room) : grow_host(s, room), "%s %s", v->family, v->name));
+    s->memory = device ? s->device : s->host;
+    return kl_ok();
 }
 
 void kl_scratch_free(kl_scratch *s)
 {
-    free(s->memory);
+    free(s->host);
+    if (s->device)
+        kl_gpu_free(s->ctx, s->device);
     *s = (kl_scratch){0};
 }
 
@@ -120,22 +156,46 @@ void kl_case_poison(kl_case *c, kl_pass pass)
 
 kl_status kl_case_call(kl_ctx *ctx, const kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s)
 {
+    const kl_case *on = v->device == KL_CUDA ? kl_image_case(c->image) : c;
     if (pass == KL_FORWARD)
-        return v->forward(ctx, &c->problem, s->memory, s->bytes);
-    return v->backward(ctx, &c->problem, &c->grads, s->memory, s->bytes);
+        return v->forward(ctx, &on->problem, s->memory, s->bytes);
+    return v->backward(ctx, &on->problem, &on->grads, s->memory, s->bytes);
+}
+
+static kl_status check_guard(const unsigned char guard[GUARD], const kl_variant *v, const kl_scratch *s)
+{
+    for (int i = 0; i < GUARD; i++)
+        KL_REQUIRE(guard[i] == 0xa5, "%s %s: wrote beyond its workspace of %zu bytes", v->family, v->name, s->bytes);
+    return kl_ok();
+}
+
+static kl_status run_on_device(kl_ctx *ctx, kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s)
+{
+    unsigned char guard[GUARD];
+    void *end = (char *)s->memory + s->bytes;
+    KL_TRY(kl_image_send(c->image));
+    KL_TRY(kl_gpu_fill(ctx, s->memory, 0xff, s->bytes));
+    KL_TRY(kl_gpu_fill(ctx, end, 0xa5, GUARD));
+    KL_TRY(kl_case_call(ctx, c, v, pass, s));
+    KL_TRY(kl_gpu_sync(ctx));
+    KL_TRY(kl_image_fetch(c->image, pass));
+    KL_TRY(kl_gpu_copy(ctx, guard, end, GUARD));
+    return check_guard(guard, v, s);
 }
 
 kl_status kl_case_run(kl_ctx *ctx, kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s)
 {
+    if (v->device == KL_CUDA && !c->image)
+        KL_TRY(kl_case_upload(ctx, c));
     KL_TRY(kl_scratch_for(s, ctx, v, c, pass));
     kl_case_poison(c, pass);
+    if (v->device == KL_CUDA)
+        return run_on_device(ctx, c, v, pass, s);
     unsigned char *guard = (unsigned char *)s->memory + s->bytes;
     memset(s->memory, 0xff, s->bytes);
-    memset(guard, 0xa5, s->room - s->bytes);
+    memset(guard, 0xa5, GUARD);
     KL_TRY(kl_case_call(ctx, c, v, pass, s));
-    for (size_t i = 0; i < s->room - s->bytes; i++)
-        KL_REQUIRE(guard[i] == 0xa5, "%s %s: wrote beyond its workspace of %zu bytes", v->family, v->name, s->bytes);
-    return kl_ok();
+    return check_guard(guard, v, s);
 }
 
 kl_status kl_case_keep(kl_case *c, kl_pass pass)

@@ -17,6 +17,11 @@ typedef enum kl_regime {
     KL_REGIME_STRONG = 0, /* -5 sigmoid(N(0,1)) in every channel */
     KL_REGIME_SLOW,       /* uniform in (-0.01, 0), keys with cosine 0.8, beta near 0.95 */
     KL_REGIME_MIXED,      /* the first third of each head's channels slow, the others strong */
+    KL_REGIME_ZERO,       /* none. From here on: the log gate only, and no name to ask for */
+    KL_REGIME_FIVE,       /* -5 in every channel */
+    KL_REGIME_EXTREME,    /* -60 on some channels of each head, 0 on the others */
+    KL_REGIME_THOUSAND,   /* -1000 on some tokens, strong on the others */
+    KL_REGIMES
 } kl_regime;
 const char *kl_regime_name(kl_regime r);
 kl_status kl_regime_parse(const char *name, kl_regime *r);
@@ -31,13 +36,25 @@ typedef struct kl_case_tensor {
     bool accumulates;  /* cleared before a run; the others are poisoned with NaN */
 } kl_case_tensor;
 
-enum { KL_CASE_TENSORS = 10, KL_SCORE_WINDOW = 64 };
+enum { KL_CASE_TENSORS = 12, KL_SCORE_WINDOW = 64 };
+
+/* How the tensors of a case lie in a device's memory. On the host they are float and dense whatever stands here. */
+typedef struct kl_placement {
+    kl_dtype dtype;       /* of activations and their gradients */
+    kl_dtype state_dtype; /* of h0 and ht */
+    int64_t gap;          /* elements between a token and the next */
+    bool pool;            /* states in a pool, through state_index */
+    bool in_place;        /* ht is h0 */
+} kl_placement;
 
 typedef struct kl_case {
     kl_family family;
     char name[192];
     kl_tolerance tolerance;
     bool backward;     /* gradients are set up */
+    bool correlated;   /* keys close together under slow decay: the triangular system is ill-conditioned */
+    kl_placement place;
+    struct kl_image *image; /* the case in a device's memory; NULL: not there */
     union {
         kda_problem kda;
         dplr_problem dplr;
@@ -66,6 +83,7 @@ typedef struct kl_kda_spec {
     kda_state_layout state_layout;
     bool qk_l2norm, no_delta;
     bool state;             /* an initial state and, backward, a gradient of the final one */
+    bool chunk_states, token_states; /* outputs too */
     bool backward;
     uint64_t seed;
 } kl_kda_spec;
@@ -100,25 +118,38 @@ typedef struct kl_moe_spec {
 } kl_moe_spec;
 kl_status kl_case_moe(kl_case *c, const kl_moe_spec *s);
 
+/* Says how the case shall lie on a device: rounds its inputs to the types asked for, so that every variant and the
+ * reference get the same numbers, and sets the tolerance. Where that changes an input, *changed is set and the wanted
+ * values are forgotten. */
+kl_status kl_case_place(kl_case *c, const kl_placement *place, bool *changed);
+/* Makes room for the case in the context's device. */
+kl_status kl_case_upload(const kl_ctx *ctx, kl_case *c);
+/* The problem as a variant on that device takes it: on CUDA, after kl_case_upload, with device pointers. */
+const void *kl_case_problem(const kl_case *c, kl_device device);
+
 void kl_case_free(kl_case *c);
 
 /* The registered variants of a family. */
 const kl_variant *kl_family_variants(kl_family f, int *count);
 const char *kl_family_name(kl_family f);
 
-/* Memory for a variant's workspace, kept between calls. */
+/* Memory for a variant's workspace, kept between calls: a block on the host and one on a device. */
 typedef struct kl_scratch {
-    void *memory;
-    size_t bytes, room;
+    void *memory;      /* the block that the last kl_scratch_for chose, and the bytes that it asked for */
+    size_t bytes;
+    void *host, *device;
+    size_t host_room, device_room;
+    const kl_ctx *ctx; /* of the block on the device */
 } kl_scratch;
 kl_status kl_scratch_for(kl_scratch *s, const kl_ctx *ctx, const kl_variant *v, const kl_case *c, kl_pass pass);
 void kl_scratch_free(kl_scratch *s);
 
 /* NaN into everything that the pass must write, zero into what it adds to. */
 void kl_case_poison(kl_case *c, kl_pass pass);
-/* One call of the variant, nothing else. */
+/* One call of the variant, nothing else; on a device it may not have run when this returns. */
 kl_status kl_case_call(kl_ctx *ctx, const kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s);
-/* Poison outputs and workspace, call, and see that nothing was written beyond the workspace. */
+/* Poison outputs and workspace, call, and see that nothing was written beyond the workspace; on a device also that
+ * neither inputs nor what lies between the tokens nor other slots of the pool were. */
 kl_status kl_case_run(kl_ctx *ctx, kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s);
 /* What the last run wrote becomes what is wanted. */
 kl_status kl_case_keep(kl_case *c, kl_pass pass);

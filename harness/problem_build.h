@@ -13,6 +13,14 @@ kl_status kl_case_build(kl_case *c, kl_lay_out lay_out, const void *spec);
 /* A tensor that a variant writes, entered into c->tensor. */
 float *kl_case_output(kl_case *c, kl_arena *a, const char *name, int64_t T, int64_t H, int64_t D, bool gradient, bool accumulates);
 
+/* The case in the memory of a device (problem_device.c). */
+struct kl_image;
+void kl_image_free(struct kl_image *image);
+/* The inputs as they were, everything that is written poisoned, and after the call the outputs back in the case. */
+kl_status kl_image_send(const struct kl_image *image);
+kl_status kl_image_fetch(const struct kl_image *image, kl_pass pass);
+const kl_case *kl_image_case(const struct kl_image *image);
+
 /* N(0, stddev) in the tensor's own type, drawn in pieces so that no float copy of it is needed. */
 void kl_fill_typed(uint64_t seed, uint64_t stream, void *x, kl_dtype type, int64_t count, float stddev);
 

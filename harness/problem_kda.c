@@ -10,7 +10,7 @@
 /* The specification with its defaults filled in, and where the inputs went. */
 typedef struct kda_layout {
     kl_kda_spec s;
-    int64_t N;
+    int64_t N, chunks;
     int64_t *cu;
     float *q, *k, *v, *g, *beta, *A_log, *dt_bias, *h0, *d_o, *dht;
 } kda_layout;
@@ -41,6 +41,10 @@ static void lay_out(kl_case *c, const void *spec, kl_arena *a)
         .q = l->q, .k = l->k, .v = l->v, .g = l->g, .beta = l->beta, .A_log = l->A_log, .dt_bias = l->dt_bias, .h0 = l->h0};
     p->o = kl_case_output(c, a, "o", tokens, s->HV, s->V, false, false);
     p->ht = kl_case_output(c, a, "ht", l->N, s->HV, s->K * s->V, false, false);
+    if (s->chunk_states)
+        p->chunk_states = kl_case_output(c, a, "chunk_states", l->chunks, s->HV, s->K * s->V, false, false);
+    if (s->token_states)
+        p->token_states = kl_case_output(c, a, "token_states", tokens, s->HV, s->K * s->V, false, false);
     c->grads.kda = (kda_grads){0};
     if (!s->backward)
         return;
@@ -89,9 +93,15 @@ static void correlate_keys(float *k, const kl_kda_spec *s, int64_t tokens)
 }
 
 /* -decay of one gate value: in (0, 0.01) slow, in (0, 5) strong. */
-static double draw_decay(kl_rng *r, const kl_kda_spec *s, int64_t head, int64_t j)
+static double draw_decay(kl_rng *r, const kl_kda_spec *s, int64_t t, int64_t head, int64_t j)
 {
     bool first_third = s->G < 3 ? head % 2 == 0 : 3 * j < s->G;
+    if (s->regime == KL_REGIME_ZERO || s->regime == KL_REGIME_FIVE)
+        return s->regime == KL_REGIME_ZERO ? 0.0 : 5.0;
+    if (s->regime == KL_REGIME_EXTREME)
+        return (head + j) % 3 == 0 ? 60.0 : 0.0;
+    if (s->regime == KL_REGIME_THOUSAND && (t + head) % 7 == 0)
+        return 1000.0;
     bool slow = s->regime == KL_REGIME_SLOW || (s->regime == KL_REGIME_MIXED && first_third);
     return slow ? 0.01 * (1e-3 + 0.998 * kl_rng_uniform(r)) : 5.0 * sigmoid(kl_rng_normal(r));
 }
@@ -119,7 +129,7 @@ static void fill_gates(const kda_layout *l, int64_t tokens)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < s->HV; h++)
             for (int64_t j = 0; j < s->G; j++)
-                l->g[(t * s->HV + h) * s->G + j] = (float)before_gate(l, h, j, draw_decay(&r, s, h, j));
+                l->g[(t * s->HV + h) * s->G + j] = (float)before_gate(l, h, j, draw_decay(&r, s, t, h, j));
 }
 
 static void fill_beta(const kda_layout *l, int64_t count)
@@ -178,6 +188,8 @@ static kl_status with_defaults(kda_layout *l, const kl_kda_spec *given)
                (long long)s->HV, (long long)s->K, (long long)s->V);
     int64_t sizes[] = {s->B, s->T, s->HV > s->H ? s->HV : s->H, s->K, s->V, l->N, 8};
     KL_REQUIRE(kl_sizes_fit(sizes, 7), "problem: B T HV K V is beyond 2^62");
+    for (int64_t n = 0, C = s->chunk ? s->chunk : KDA_DEFAULT_CHUNK; n < l->N; n++)
+        l->chunks += ((s->lengths ? s->lengths[n] : s->T) + C - 1) / C;
     return kl_ok();
 }
 
@@ -189,6 +201,7 @@ kl_status kl_case_kda(kl_case *c, const kl_kda_spec *given)
     KL_TRY(kl_case_build(c, lay_out, &l));
     fill(&l);
     const kl_kda_spec *s = &l.s;
+    c->correlated = s->regime == KL_REGIME_SLOW;
     static const char *const gates[] = {"", " softplus", " bounded"};
     int used = snprintf(c->name, sizeof c->name, "%s%s T%lld H%lld HV%lld K%lld V%lld", kl_regime_name(s->regime), gates[s->gate],
                         (long long)s->T, (long long)s->H, (long long)s->HV, (long long)s->K, (long long)s->V);
@@ -234,7 +247,7 @@ kl_status kl_case_dplr(kl_case *c, const kl_case *kda)
     KL_REQUIRE(kda->family == KL_FAMILY_KDA && p->gate == KDA_GATE_LOG && p->beta_kind == KDA_BETA_PLAIN && !p->qk_l2norm &&
                !p->no_delta && p->state_layout == KDA_STATE_KV && !p->state_index && p->dtype == KL_F32 && p->state_dtype == KL_F32,
                "dplr: expected a KDA problem with a log gate, plain beta, the delta rule, [K,V] state, all float32");
-    *c = (kl_case){.family = KL_FAMILY_DPLR, .tolerance = kl_tol_kda_f32};
+    *c = (kl_case){.family = KL_FAMILY_DPLR, .tolerance = kl_tol_kda_f32, .correlated = kda->correlated};
     dplr_layout l = {.p = p};
     KL_TRY(kl_case_build(c, lay_out_dplr, &l));
     snprintf(c->name, sizeof c->name, "%s", kda->name);
@@ -325,5 +338,6 @@ kl_status kl_case_kda_golden(kl_case *c, const char *path)
     }
     const char *base = strrchr(path, '/') ? strrchr(path, '/') + 1 : path;
     snprintf(c->name, sizeof c->name, "%.*s", (int)strcspn(base, "."), base);
+    c->correlated = strstr(c->name, "slow_corr") != NULL;
     return kl_ok();
 }

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "common/gpu.h"
 #include "common/timer.h"
 #include "harness/reference_variants.h"
 
@@ -116,7 +117,7 @@ static kl_status verify_pass(kl_verifier *v, kl_case *c, const kl_variant *varia
 {
     if (pass == KL_BACKWARD && !variant->backward)
         return kl_ok();
-    kl_status s = variant->check(&c->problem, pass);
+    kl_status s = variant->check(kl_case_problem(c, variant->device), pass);
     if (s.code == KL_EUNSUPPORTED) {
         kl_verify_unsupported(v, c->name, variant->name, s.message);
         return kl_ok();
@@ -131,9 +132,21 @@ static kl_status verify_pass(kl_verifier *v, kl_case *c, const kl_variant *varia
     return kl_ok();
 }
 
+static bool offered_on(kl_family family, kl_device device)
+{
+    int count;
+    const kl_variant *variant = kl_family_variants(family, &count);
+    for (int i = 0; i < count; i++)
+        if (variant[i].device == device)
+            return true;
+    return false;
+}
+
 kl_status kl_verify_case(kl_verifier *v, kl_case *c, bool golden)
 {
     const kl_variant *reference = kl_reference_variant(c->family);
+    if (v->ctx->device == KL_CUDA && offered_on(c->family, KL_CUDA))
+        KL_TRY(kl_case_upload(v->ctx, c));
     for (kl_pass pass = KL_FORWARD; pass <= (c->backward ? KL_BACKWARD : KL_FORWARD); pass++) {
         if (golden) {
             if (!v->only || strcmp(v->only, reference->name) == 0)
@@ -151,22 +164,39 @@ kl_status kl_verify_case(kl_verifier *v, kl_case *c, bool golden)
     return kl_ok();
 }
 
+/* The case and its DPLR form, placed as the device wants it. */
+static kl_status verify_golden_case(kl_verifier *v, kl_case *c, const kl_placement *place)
+{
+    bool changed = false;
+    kl_case general;
+    KL_TRY(kl_case_dplr(&general, c));
+    char name[sizeof general.name];
+    snprintf(name, sizeof name, "%.160s as DPLR", c->name);
+    memcpy(general.name, name, sizeof name);
+    kl_status s = place ? kl_case_place(c, place, &changed) : kl_ok();
+    if (!kl_failed(s))
+        s = kl_verify_case(v, c, !changed);
+    changed = false;
+    if (!kl_failed(s) && place)
+        s = kl_case_place(&general, place, &changed);
+    if (!kl_failed(s) && offered_on(KL_FAMILY_DPLR, v->ctx->device))
+        s = kl_verify_case(v, &general, !changed);
+    kl_case_free(&general);
+    return s;
+}
+
 static kl_status verify_golden_file(kl_verifier *v, const char *path)
 {
-    kl_case c, general;
-    KL_TRY(kl_case_kda_golden(&c, path));
-    kl_status s = kl_verify_case(v, &c, true);
-    if (!kl_failed(s))
-        s = kl_case_dplr(&general, &c);
-    if (!kl_failed(s)) {
-        char name[sizeof general.name];
-        snprintf(name, sizeof name, "%.180s as DPLR", c.name);
-        memcpy(general.name, name, sizeof name);
-        s = kl_verify_case(v, &general, true);
-        kl_case_free(&general);
+    static const kl_placement places[] = {{.dtype = KL_BF16}, {.dtype = KL_F32}, {.dtype = KL_BF16, .state_dtype = KL_BF16, .gap = 8, .pool = true}};
+    bool device = v->ctx->device == KL_CUDA;
+    for (int i = 0; i < (device ? 3 : 1); i++) {
+        kl_case c;
+        KL_TRY(kl_case_kda_golden(&c, path));
+        kl_status s = verify_golden_case(v, &c, device ? &places[i] : NULL);
+        kl_case_free(&c);
+        KL_TRY(s);
     }
-    kl_case_free(&c);
-    return s;
+    return kl_ok();
 }
 
 static int is_safetensors(const struct dirent *e)
@@ -205,7 +235,8 @@ static double best_time(kl_verifier *v, const kl_case *c, const kl_variant *vari
     double best = INFINITY, spent = 0.0;
     for (int i = 0; i < 3 && (i == 0 || spent < 0.5); i++) {
         double start = kl_now();
-        if (kl_failed(kl_case_call(v->ctx, c, variant, pass, &v->scratch)))
+        if (kl_failed(kl_case_call(v->ctx, c, variant, pass, &v->scratch)) ||
+            (variant->device == KL_CUDA && kl_failed(kl_gpu_sync(v->ctx))))
             return NAN;
         double took = kl_now() - start;
         best = took < best ? took : best;
@@ -237,6 +268,10 @@ static kl_status summary_row(kl_verifier *v, kl_case *c, const kl_variant *varia
 
 static kl_status summary_case(kl_verifier *v, kl_case *c, kl_table *t)
 {
+    if (v->ctx->device == KL_CUDA && offered_on(c->family, KL_CUDA)) {
+        KL_TRY(kl_case_place(c, &(kl_placement){.dtype = KL_BF16}, NULL));
+        KL_TRY(kl_case_upload(v->ctx, c));
+    }
     for (kl_pass pass = KL_FORWARD; pass <= (c->backward ? KL_BACKWARD : KL_FORWARD); pass++) {
         KL_TRY(summary_row(v, c, kl_reference_variant(c->family), pass, t));
         int count;
@@ -244,7 +279,7 @@ static kl_status summary_case(kl_verifier *v, kl_case *c, kl_table *t)
         for (int i = 0; i < count; i++) {
             if (variant[i].device != v->ctx->device || (pass == KL_BACKWARD && !variant[i].backward))
                 continue;
-            if (kl_failed(variant[i].check(&c->problem, pass)))
+            if (kl_failed(variant[i].check(kl_case_problem(c, variant[i].device), pass)))
                 continue;
             KL_TRY(summary_row(v, c, &variant[i], pass, t));
         }

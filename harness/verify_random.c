@@ -12,7 +12,23 @@ static int64_t pick(kl_rng *r, const int64_t *from, int count) { return from[kl_
 #define PICK(r, ...) pick((r), (const int64_t[]){__VA_ARGS__}, sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t))
 static bool one_in(kl_rng *r, uint64_t n) { return kl_rng_below(r, n) == 0; }
 
-static kl_status random_kda(kl_case *c, kl_rng *r, int64_t i)
+/* On a device more is drawn, from a stream of its own: where the tensors lie and in which types, gates at their limits, states on the way. */
+static void draw_device(kl_rng *r, kl_kda_spec *s, kl_placement *at)
+{
+    at->dtype = one_in(r, 4) ? KL_F32 : KL_BF16;
+    at->state_dtype = one_in(r, 6) ? KL_BF16 : KL_F32;
+    at->gap = PICK(r, 0, 0, 8, 5);
+    at->pool = one_in(r, 3);
+    at->in_place = one_in(r, 4);
+    s->chunk_states = one_in(r, 3);
+    s->token_states = s->T <= 129 && one_in(r, 4);
+    s->backward = !s->token_states && !at->in_place;
+    bool log_gate = s->gate == KDA_GATE_LOG && s->regime == KL_REGIME_STRONG && s->K > 1;
+    if (log_gate && one_in(r, 2))
+        s->regime = KL_REGIME_ZERO + (kl_regime)kl_rng_below(r, KL_REGIMES - KL_REGIME_ZERO);
+}
+
+static kl_status random_kda(kl_case *c, kl_rng *r, int64_t i, kl_device device)
 {
     int64_t lengths[6] = {0, 1, 15, 0, 0, 40};
     kl_kda_spec s = {.T = token_counts[i % TOKEN_COUNTS], .regime = (kl_regime)(i % 3), .backward = true, .seed = r->seed + (uint64_t)i};
@@ -40,7 +56,12 @@ static kl_status random_kda(kl_case *c, kl_rng *r, int64_t i)
     } else {
         s.B = PICK(r, 1, 1, 2);
     }
-    return kl_case_kda(c, &s);
+    if (device == KL_CPU)
+        return kl_case_kda(c, &s);
+    kl_placement at;
+    draw_device(&(kl_rng){.seed = r->seed, .stream = r->stream + (UINT64_C(1) << 32)}, &s, &at);
+    KL_TRY(kl_case_kda(c, &s));
+    return kl_case_place(c, &at, NULL);
 }
 
 static kl_status random_mla(kl_case *c, kl_rng *r, int64_t i)
@@ -88,7 +109,7 @@ kl_status kl_verify_random(kl_verifier *v, kl_family family, uint64_t seed, int6
     for (int64_t i = 0; i < cases; i++) {
         kl_rng r = kl_rng_make(seed, (uint64_t)i);
         kl_case c;
-        kl_status s = family == KL_FAMILY_MLA ? random_mla(&c, &r, i) : family == KL_FAMILY_MOE ? random_moe(&c, &r, i) : random_kda(&c, &r, i);
+        kl_status s = family == KL_FAMILY_MLA ? random_mla(&c, &r, i) : family == KL_FAMILY_MOE ? random_moe(&c, &r, i) : random_kda(&c, &r, i, v->ctx->device);
         KL_TRY(kl_error_in(s, "random case %lld of seed %llu", (long long)i, (unsigned long long)seed));
         char name[sizeof c.name];
         snprintf(name, sizeof name, "%lld: %.160s", (long long)i, c.name);
