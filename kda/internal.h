@@ -33,6 +33,10 @@ static inline int64_t kda_panels_a_head(int64_t heads, int64_t V, int threads)
     return wanted < most ? wanted : most;
 }
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Tokens of the longest sequence. */
 int64_t kda_longest(int64_t T, int64_t N, const int64_t *cu_seqlens);
 
@@ -49,4 +53,11 @@ kl_status kda_cpu_chunk_backward(kl_ctx *ctx, const void *problem, const void *g
 size_t dplr_cpu_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status dplr_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 
+/* ---- CUDA variants ---- */
+size_t kda_cuda_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status kda_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -28,6 +28,16 @@ static kl_status check_chunk(const void *problem, kl_pass pass)
     return kl_ok();
 }
 
+#ifdef KL_HAVE_CUDA
+static kl_status check_cuda_recurrent(const void *problem, kl_pass pass)
+{
+    (void)problem;
+    if (pass != KL_FORWARD)
+        return kl_error(KL_EUNSUPPORTED, "kda: pass: variant recurrent on cuda offers forward only");
+    return kl_ok();
+}
+#endif
+
 static double tokens(const kda_problem *p) { return (double)p->B * (double)p->T; }
 
 /* Every input once, every output once; backward reads them again with their gradients. */
@@ -83,11 +93,23 @@ static kl_status run_chunk_backward(kl_ctx *ctx, const void *problem, const void
     return kda_cpu_chunk_backward(ctx, problem, grads, workspace, bytes);
 }
 
+#ifdef KL_HAVE_CUDA
+static kl_status run_cuda_recurrent(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    return kda_cuda_recurrent_forward(ctx, problem, workspace, bytes);
+}
+#endif
+
 static const kl_variant variants[] = {
     {"kda", "recurrent", KL_CPU, "one state update a token; decode steps and several tokens a step", check_recurrent,
      kda_cpu_recurrent_workspace, run_recurrent, NULL, cost_recurrent},
     {"kda", "chunk", KL_CPU, "blocks of tokens through the triangular system of the chunk", check_chunk, kda_cpu_chunk_workspace,
      run_chunk, run_chunk_backward, cost_chunk},
+#ifdef KL_HAVE_CUDA
+    {"kda", "recurrent", KL_CUDA, "one state update a token; decode steps, several tokens a step, float32", check_cuda_recurrent,
+     kda_cuda_recurrent_workspace, run_cuda_recurrent, NULL, cost_recurrent},
+#endif
 };
 
 const kl_variant *kda_variants(int *count)
@@ -96,19 +118,28 @@ const kl_variant *kda_variants(int *count)
     return variants;
 }
 
+static const kl_variant *find(kl_device device, const char *name)
+{
+    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+        if (variants[i].device == device && !strcmp(variants[i].name, name))
+            return &variants[i];
+    return NULL;
+}
+
 /* Up to this many tokens in the longest sequence, token by token is faster. */
 enum { FEW_TOKENS = 8 };
 
 const kl_variant *kda_pick(kl_device device, const char *name, const kda_problem *p, kl_pass pass)
 {
-    if (!name) {
-        bool few = pass == KL_FORWARD && (p->token_states || kda_longest(p->T, p->N, p->cu_seqlens) <= FEW_TOKENS);
-        name = few ? "recurrent" : "chunk";
-    }
-    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
-        if (variants[i].device == device && !strcmp(variants[i].name, name))
-            return &variants[i];
-    return NULL;
+    if (name)
+        return find(device, name);
+    const kl_variant *recurrent = find(device, "recurrent"), *chunk = find(device, "chunk");
+    bool few = pass == KL_FORWARD && (p->token_states || kda_longest(p->T, p->N, p->cu_seqlens) <= FEW_TOKENS);
+    if (few || pass != KL_FORWARD)
+        return few ? recurrent : chunk;
+    /* What the chunk form does not offer, the recurrence may. */
+    bool fits = chunk && !kl_failed(chunk->check(p, pass));
+    return fits || !recurrent || kl_failed(recurrent->check(p, pass)) ? chunk : recurrent;
 }
 
 static kl_status pick(const kl_ctx *ctx, const kda_problem *p, kl_pass pass, const kl_variant **v)

@@ -279,13 +279,13 @@ static inline void case_reference(kda_case *c, bool backward)
 
 /* ---- running and comparing ---- */
 
-static inline kl_status case_run(kda_case *c, const char *variant, kl_pass pass, int threads)
+static inline kl_status case_run_on(kl_device device, kda_case *c, const char *variant, kl_pass pass, int threads)
 {
     kl_ctx *ctx;
-    kl_status s = kl_ctx_create(&ctx, &(kl_ctx_options){.threads = threads});
+    kl_status s = kl_ctx_create(&ctx, &(kl_ctx_options){.device = device, .threads = threads});
     if (kl_failed(s))
         return s;
-    const kl_variant *v = kda_pick(KL_CPU, variant, &c->p, pass);
+    const kl_variant *v = kda_pick(device, variant, &c->p, pass);
     size_t bytes = v->workspace(ctx, &c->p, pass);
     char *workspace = aligned_alloc(64, bytes + 64);
     if (!workspace)
@@ -298,6 +298,11 @@ static inline kl_status case_run(kda_case *c, const char *variant, kl_pass pass,
     free(workspace);
     kl_ctx_destroy(ctx);
     return s;
+}
+
+static inline kl_status case_run(kda_case *c, const char *variant, kl_pass pass, int threads)
+{
+    return case_run_on(KL_CPU, c, variant, pass, threads);
 }
 
 /* Relative error of a strided float tensor against a dense reference; NaN when a gap was written. */

@@ -1,0 +1,210 @@
+/* The recurrence, the short convolution, the gated norm and the decode layer as CUDA kernels, run on the host (make
+ * EMULATE=1), against their references. Elsewhere these tests are skipped: on a device the same problems go through kl verify. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+
+#include "common/gpu.h"
+#include "tests/kda_case.h"
+
+static void must(kl_status s)
+{
+    if (kl_failed(s))
+        fail_msg("%s", s.message);
+}
+
+static void only_emulated(void)
+{
+    if (!kl_gpu_emulated())
+        skip();
+}
+
+static bool same_bits(const void *a, const void *b, int64_t floats) { return !memcmp(a, b, (size_t)floats * sizeof(float)); }
+
+/* ---- recurrent ---- */
+
+static void check_recurrent(case_options opt)
+{
+    kda_case *c = case_new(opt);
+    case_reference(c, false);
+    must(case_run_on(KL_CUDA, c, "recurrent", KL_FORWARD, 1));
+    double error = case_forward_error(c);
+    if (!kl_within(error, kl_tol_kda_f32.forward))
+        fail_msg("T %d K %d V %d G %d seed %d: error %.3g, limit %.3g", (int)opt.T, (int)opt.K, (int)opt.V, (int)opt.G, (int)opt.seed, error,
+                 kl_tol_kda_f32.forward);
+    case_free(c);
+}
+
+static void recurrent_every_length_and_dimension(void **state)
+{
+    (void)state;
+    only_emulated();
+    const int64_t lengths[] = {0, 1, 2, 15, 16, 17, 33, 130}, dims[] = {1, 8, 24, 60, 64, 100, 128, 256};
+    for (size_t i = 0; i < 8; i++)
+        for (int layout = 0; layout < 2; layout++) {
+            check_recurrent((case_options){.B = 2, .T = lengths[i], .H = 2, .HV = 4, .K = 24, .V = 20, .G = 24, .decay = DECAY_MIXED,
+                                           .layout = (kda_state_layout)layout, .seed = i + 1});
+            check_recurrent((case_options){.B = 1, .T = 5, .H = 1, .HV = 2, .K = dims[i], .V = dims[(i + 3) % 8], .G = dims[i], .decay = DECAY_SLOW,
+                                           .layout = (kda_state_layout)layout, .gap = (int64_t)i % 3, .seed = i + 1});
+        }
+}
+
+static void recurrent_every_option(void **state)
+{
+    (void)state;
+    only_emulated();
+    const int64_t lengths[] = {0, 1, 15, 36, 0, 20}, gates[] = {24, 8, 1, 0};
+    for (int i = 0; i < 24; i++) {
+        case_options o = {.B = 6, .lengths = lengths, .H = 2, .HV = 4, .K = 24, .V = 36, .G = gates[i % 4], .gate = (kda_gate)(i % 3),
+                          .beta_kind = (kda_beta)(i / 2 % 3), .layout = (kda_state_layout)(i / 4 % 2), .l2norm = i % 5 < 2, .no_delta = i % 7 == 6,
+                          .chunk_states = true, .token_states = i % 2, .in_place = i % 3 == 0, .pool = i % 4 < 2, .no_h0 = i % 3 && i % 8 == 5,
+                          .no_bias = i % 3 == 2, .chunk = 16, .gap = i % 2 ? 4 : 0, .decay = (case_decay)(i % 7), .seed = (uint64_t)i + 1};
+        if (o.G == 0)
+            o.gate = KDA_GATE_LOG;
+        if (o.beta_kind == KDA_BETA_SIGMOID2)
+            o.l2norm = true;
+        check_recurrent(o);
+    }
+}
+
+static void recurrent_of_many_sequences(void **state)
+{
+    (void)state;
+    only_emulated();
+    enum { N = 66000 };
+    static int64_t lengths[N];
+    for (int i = 0; i < N; i++)
+        lengths[i] = i % 3;
+    check_recurrent((case_options){.B = N, .lengths = lengths, .H = 1, .K = 3, .V = 2, .G = 3, .gate = KDA_GATE_SOFTPLUS, .seed = 1});
+}
+
+static void recurrent_split_anywhere_has_the_same_bits(void **state)
+{
+    (void)state;
+    only_emulated();
+    enum { T = 9, HV = 2, K = 60, V = 33 };
+    for (int layout = 0; layout < 2; layout++) {
+        case_options opt = {.B = 1, .T = T, .H = 1, .HV = HV, .K = K, .V = V, .G = K, .decay = DECAY_MIXED, .layout = (kda_state_layout)layout, .seed = 3};
+        kda_case *whole = case_new(opt), *part = case_new(opt);
+        must(case_run_on(KL_CUDA, whole, "recurrent", KL_FORWARD, 1));
+        const kda_problem p = part->p;
+        for (int64_t s = 0; s <= T; s++) {
+            part->p = p;
+            part->p.T = s;
+            must(case_run_on(KL_CUDA, part, "recurrent", KL_FORWARD, 1));
+            part->p = p;
+            part->p.T = T - s;
+            part->p.h0 = p.ht;
+            part->p.q = (const float *)p.q + s * K;
+            part->p.k = (const float *)p.k + s * K;
+            part->p.v = (const float *)p.v + s * HV * V;
+            part->p.g = (const float *)p.g + s * HV * K;
+            part->p.beta = (const float *)p.beta + s * HV;
+            part->p.o = (float *)p.o + s * HV * V;
+            must(case_run_on(KL_CUDA, part, "recurrent", KL_FORWARD, 1));
+            assert_true(same_bits(whole->p.o, p.o, T * HV * V));
+            assert_true(same_bits(whole->p.ht, p.ht, HV * K * V));
+        }
+        part->p = p;
+        case_free(whole);
+        case_free(part);
+    }
+}
+
+/* A slot outside the pool leaves its sequence out, and no other. */
+static void recurrent_leaves_out_slots_beyond_the_pool(void **state)
+{
+    (void)state;
+    only_emulated();
+    enum { N = 3, HV = 2, K = 16, V = 8, SIZE = HV * K * V };
+    case_options opt = {.B = N, .T = 1, .H = 1, .HV = HV, .K = K, .V = V, .G = K, .decay = DECAY_MIXED, .pool = true, .in_place = true, .seed = 4};
+    kda_case *all = case_new(opt), *some = case_new(opt);
+    must(case_run_on(KL_CUDA, all, "recurrent", KL_FORWARD, 1));
+    some->state_index[1] = -1;
+    some->state_index[2] = 2 * N + 1;
+    must(case_run_on(KL_CUDA, some, "recurrent", KL_FORWARD, 1));
+    int64_t slot = some->state_index[0];
+    assert_true(same_bits(all->p.o, some->p.o, HV * V));
+    assert_true(same_bits((float *)all->p.ht + slot * SIZE, (float *)some->p.ht + slot * SIZE, SIZE));
+    for (int64_t i = HV * V; i < N * HV * V; i++)
+        assert_true(isnan(((float *)some->p.o)[i]));
+    case_free(all);
+    case_free(some);
+}
+
+/* ---- bf16 ---- */
+
+/* Rounds count floats where they lie and returns them as bf16. */
+static uint16_t *rounded(kda_case *c, const void *x, int64_t count)
+{
+    if (!x)
+        return NULL;
+    uint16_t *y = case_alloc(c, count, sizeof *y, 0);
+    kl_from_f32(y, KL_BF16, x, (size_t)count);
+    kl_to_f32((float *)x, y, KL_BF16, (size_t)count);
+    return y;
+}
+
+static void recurrent_in_bf16(void **state)
+{
+    (void)state;
+    only_emulated();
+    for (int i = 0; i < 8; i++) {
+        case_options opt = {.B = 2, .T = 7, .H = 1, .HV = 2, .K = i % 3 ? 128 : 52, .V = i % 2 ? 64 : 37, .G = 1, .gate = KDA_GATE_SOFTPLUS,
+                            .beta_kind = KDA_BETA_SIGMOID, .l2norm = true, .layout = (kda_state_layout)(i / 2 % 2), .seed = (uint64_t)i + 1};
+        bool narrow_state = i >= 4;
+        kda_case *c = case_new(opt);
+        const kda_problem p = c->p;
+        int64_t T = c->tokens, size = c->N * p.HV * p.K * p.V;
+        kda_problem narrow = p;
+        narrow.dtype = KL_BF16;
+        narrow.q = rounded(c, p.q, T * p.H * p.K);
+        narrow.k = rounded(c, p.k, T * p.H * p.K);
+        narrow.v = rounded(c, p.v, T * p.HV * p.V);
+        narrow.g = rounded(c, p.g, T * p.HV * p.G);
+        narrow.beta = rounded(c, p.beta, T * p.HV);
+        narrow.o = case_alloc(c, T * p.HV * p.V, 2, 0xff);
+        if (narrow_state) {
+            narrow.state_dtype = KL_BF16;
+            narrow.h0 = narrow.ht = rounded(c, p.h0, size);
+        }
+        case_reference(c, false);
+        c->p = narrow;
+        must(case_run_on(KL_CUDA, c, "recurrent", KL_FORWARD, 1));
+        c->p = p;
+        kl_to_f32(p.o, narrow.o, KL_BF16, (size_t)(T * p.HV * p.V));
+        if (narrow_state)
+            kl_to_f32(p.ht, narrow.ht, KL_BF16, (size_t)size);
+        assert_true(kl_within(case_forward_error(c), kl_tol_kda_bf16.forward));
+        case_free(c);
+    }
+}
+
+static void dispatch_on_cuda(void **state)
+{
+    (void)state;
+#ifdef KL_HAVE_CUDA
+    kda_problem p = {.B = 1, .T = 1, .N = 1, .H = 1, .HV = 1, .K = 128, .V = 128, .G = 128};
+    assert_string_equal(kda_pick(KL_CUDA, NULL, &p, KL_FORWARD)->name, "recurrent");
+    p.T = 4096; /* float32 */
+    assert_string_equal(kda_pick(KL_CUDA, NULL, &p, KL_FORWARD)->name, "recurrent");
+    assert_null(kda_pick(KL_CUDA, "no such name", &p, KL_FORWARD));
+#else
+    skip();
+#endif
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(recurrent_every_length_and_dimension),
+        cmocka_unit_test(recurrent_every_option),
+        cmocka_unit_test(recurrent_of_many_sequences),
+        cmocka_unit_test(recurrent_split_anywhere_has_the_same_bits),
+        cmocka_unit_test(recurrent_leaves_out_slots_beyond_the_pool),
+        cmocka_unit_test(recurrent_in_bf16),
+        cmocka_unit_test(dispatch_on_cuda),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
