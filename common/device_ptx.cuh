@@ -180,18 +180,20 @@ __device__ __forceinline__ void kl_mbar_expect(uint64_t *bar, int bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(kl_shared_address(bar)), "r"(bytes) : "memory");
 }
-/* The same barrier in block `rank` of the cluster. */
+/* The same barrier in block `rank` of the cluster. Says that this thread (its warp, after __syncwarp) has read what it
+ * wanted; it publishes no stores to other blocks, which would cost a fence of the whole device. */
 __device__ __forceinline__ void kl_mbar_arrive_at(uint64_t *bar, int rank)
 {
-    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }"
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [a]; }"
                  :: "r"(kl_shared_address(bar)), "r"(rank) : "memory");
 }
-/* Waits until the phase of that parity has ended; 1 passes on a fresh barrier. Acquires at cluster scope. */
+/* Waits until the phase of that parity has ended; 1 passes on a fresh barrier. Acquires what the block wrote before its
+ * arrivals, and what copies wrote that the barrier counted. */
 __device__ __forceinline__ void kl_mbar_wait(uint64_t *bar, int parity)
 {
     uint32_t done = 0;
     while (!done)
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done) : "r"(kl_shared_address(bar)), "r"(parity) : "memory");
 }
 
