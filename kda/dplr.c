@@ -55,9 +55,32 @@ static kl_cost cost_chunk(const void *problem, kl_pass pass)
     return (kl_cost){.flops = tokens * (8.0 * K * V + 4.0 * C * K + 4.0 * C * V), .bytes = size * tokens * (5.0 * K + 2.0 * V) + 4.0 * states};
 }
 
+#ifdef KL_HAVE_CUDA
+static kl_status check_cuda(const void *problem, kl_pass pass)
+{
+    const dplr_problem *p = problem;
+    if (pass != KL_FORWARD)
+        return kl_error(KL_EUNSUPPORTED, "dplr: pass: variant chunk on cuda offers forward only");
+    if (p->dtype != KL_BF16)
+        return kl_error(KL_EUNSUPPORTED, "dplr: dtype: variant chunk on cuda offers bfloat16, got %s", kl_dtype_name(p->dtype));
+    return kl_ok();
+}
+
+static kl_status run_cuda(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(dplr_validate(ctx, problem));
+    KL_TRY(check_cuda(problem, KL_FORWARD));
+    return dplr_cuda_chunk_forward(ctx, problem, workspace, bytes);
+}
+#endif
+
 static const kl_variant variants[] = {
     {"dplr", "chunk", KL_CPU, "the general recurrence by chunks, the baseline of KDA", check_chunk, dplr_cpu_chunk_workspace, run_chunk,
      NULL, cost_chunk},
+#ifdef KL_HAVE_CUDA
+    {"dplr", "chunk", KL_CUDA, "tiles of 32 tokens prepared, then walked with the state in registers", check_cuda, dplr_cuda_chunk_workspace,
+     run_cuda, NULL, cost_chunk},
+#endif
 };
 
 const kl_variant *dplr_variants(int *count)
@@ -66,15 +89,23 @@ const kl_variant *dplr_variants(int *count)
     return variants;
 }
 
+static const kl_variant *pick(kl_device device)
+{
+    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+        if (variants[i].device == device)
+            return &variants[i];
+    return NULL;
+}
+
 size_t dplr_workspace(const kl_ctx *ctx, const dplr_problem *p)
 {
-    return !ctx || ctx->device != KL_CPU || kl_failed(dplr_validate(NULL, p)) ? 0 : dplr_cpu_chunk_workspace(ctx, p, KL_FORWARD);
+    const kl_variant *v = ctx ? pick(ctx->device) : NULL;
+    return !v || kl_failed(dplr_validate(NULL, p)) ? 0 : v->workspace(ctx, p, KL_FORWARD);
 }
 
 kl_status dplr_forward(kl_ctx *ctx, const dplr_problem *p, void *workspace, size_t bytes)
 {
     KL_REQUIRE(ctx, "dplr: ctx: expected a context, got NULL");
-    if (ctx->device != KL_CPU)
-        return kl_error(KL_EDEVICE, "dplr: device: no variant for %s", kl_device_name(ctx->device));
-    return run_chunk(ctx, p, workspace, bytes);
+    const kl_variant *v = pick(ctx->device);
+    return v ? v->forward(ctx, p, workspace, bytes) : kl_error(KL_EDEVICE, "dplr: device: no variant for %s", kl_device_name(ctx->device));
 }

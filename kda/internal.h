@@ -56,6 +56,8 @@ kl_status dplr_cpu_chunk_forward(kl_ctx *ctx, const void *problem, void *workspa
 /* ---- CUDA variants ---- */
 size_t kda_cuda_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+size_t dplr_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status dplr_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 
 #ifdef __cplusplus
 }
