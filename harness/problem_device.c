@@ -110,6 +110,7 @@ static void list_dplr(kl_image *im, const kl_case *c)
 {
     const dplr_problem *h = &c->problem.dplr;
     dplr_problem *p = &im->on.problem.dplr;
+    p->dtype = c->place.dtype;
     int64_t tokens = h->B * h->T, keys = h->H * h->K, values = h->H * h->V, state = keys * h->V;
     add(im, c, "q", ACTIVATION, h->q, NULL, &p->q, NULL, tokens, keys);
     add(im, c, "k", ACTIVATION, h->k, NULL, &p->k, NULL, tokens, keys);
