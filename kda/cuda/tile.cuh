@@ -39,7 +39,7 @@ static inline size_t kda_tile_bytes(int64_t K) { return (size_t)kda_padded(K) * 
 /* Byte offset of lane l's slot in block b of a matrix. */
 __device__ __forceinline__ int kda_slot_of(int b, int lane)
 {
-    return b * KDA_BLOCK_BYTES + 16 * (lane ^ (lane >> 3 & 3) ^ (b & 1) << 2);
+    return b * KDA_BLOCK_BYTES + 16 * (lane ^ (lane >> 3 & 3) ^ ((b ^ b >> 2) & 1) << 2);
 }
 /* Which word of the slot holds word r = 2 (column half) + (row half). */
 __device__ __forceinline__ int kda_word_of(int b, int r) { return r ^ (b & 2); }
