@@ -13,7 +13,9 @@
 #ifndef KL_KDA_CUDA_PREPARE_CUH
 #define KL_KDA_CUDA_PREPARE_CUH
 
-#include "kda/cuda/tile.cuh"
+#include "kda/cuda/prepare_levels.cuh"
+#include "kda/cuda/prepare_operands.cuh"
+#include "kda/cuda/prepare_rows.cuh"
 #include "kda/internal.h"
 
 enum { KDA_GROUP = 128 }; /* threads of a group */
@@ -31,10 +33,10 @@ struct kda_tile_source {
 };
 kda_tile_source kda_tile_source_of(const kda_problem *p);
 
-/* What a thread keeps of a head: the gate's rate and bias for its channels. */
+/* What a thread keeps of a value head: the gate's parameters for its channels. */
 template <int KP> struct kda_prepare_head {
-    static constexpr int units = KP > 128 ? 2 : 1; /* pairs of channels a thread owns */
-    float rate, bias[2 * units];
+    float A_log;
+    kda_pair dt_bias[kda_owner<KP>::units];
 };
 
 /* What a thread carries from load to tile. */
@@ -46,20 +48,219 @@ struct kda_prepare_ahead {
 template <int KP> struct kda_prepare_room {
     static constexpr int rows = 32 * KP * 2;
     static constexpr int q = 0, k = rows, g = 2 * rows, block_decay = 3 * rows /* float [2][KP] */,
-                         T = block_decay + 8 * KP /* float [2][16][16] */, norm = T + 2048 /* float [2][32]: of k, of q */,
+                         T = block_decay + 8 * KP, norm = T + KDA_T_BYTES /* float [2][32]: of k, of q */,
                          beta = norm + 256 /* float [32] */, vote = beta + 128 /* int [4] */, bytes = vote + 16;
 };
 
 template <int KP>
-__device__ kda_prepare_head<KP> kda_prepare_head_of(const kda_tile_source &s, int hv, int thread);
+__device__ __forceinline__ kda_prepare_head<KP> kda_prepare_head_of(const kda_tile_source &s, int hv, int thread)
+{
+    kda_prepare_head<KP> head = {};
+    if (s.A_log)
+        head.A_log = s.A_log[hv];
+    if (s.dt_bias) {
+        const float *bias = s.dt_bias + (int64_t)hv * s.G;
+        int block = s.K / s.G;
+#pragma unroll
+        for (int u = 0; u < kda_owner<KP>::units; u++) {
+            kda_owner<KP> own(thread, u);
+            head.dt_bias[u] = {own.c < s.K ? bias[own.c / block] : 0.0f, own.c + 1 < s.K ? bias[(own.c + 1) / block] : 0.0f};
+        }
+    }
+    return head;
+}
 
 /* Tokens [token, token + tokens) of the packed tensors, 1..32 of them. */
 template <int KP>
-__device__ kda_prepare_ahead kda_prepare_load(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *room, int thread);
+__device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *room,
+                                                              int thread)
+{
+    using at = kda_prepare_room<KP>;
+    int64_t h = hv / s.share;
+    const uint16_t *q = s.q + token * s.q_stride + h * s.K, *k = s.k + token * s.k_stride + h * s.K;
+    const uint16_t *g = s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr;
+    uint32_t rest = kda_gate_rest(s.gate);
+    if (s.g_wide)
+        kda_load_wide<KP>(room + at::g, g, s.g_stride, tokens, s.K, rest, thread);
+    else
+        kda_load_narrow<KP>(room + at::g, g, s.g_stride, tokens, s.K, s.G ? s.K / s.G : 1, rest, thread);
+    if (s.k_wide)
+        kda_load_wide<KP>(room + at::k, k, s.k_stride, tokens, s.K, 0, thread);
+    else
+        kda_load_narrow<KP>(room + at::k, k, s.k_stride, tokens, s.K, 1, 0, thread);
+    if (s.q_wide)
+        kda_load_wide<KP>(room + at::q, q, s.q_stride, tokens, s.K, 0, thread);
+    else
+        kda_load_narrow<KP>(room + at::q, q, s.q_stride, tokens, s.K, 1, 0, thread);
+    kl_copy_commit();
+    return {thread < tokens ? s.beta[(token + thread) * s.beta_stride + hv] : 0u};
+}
+
+/* Factors that bring the rows to length one, and q to its scale: a warp takes 16 rows of k or of q. */
+template <int KP> struct kda_row_norms {
+    float top[4], bottom[4];
+    __device__ __forceinline__ void begin(const unsigned char *rows, int t)
+    {
+        for (int e = 0; e < 4; e++)
+            top[e] = bottom[e] = 0.0f;
+        kda_rows_squares<KP>(top, bottom, rows, t);
+    }
+    __device__ __forceinline__ void end(float *norm, float scale)
+    {
+        int g = kl_lane() >> 2, t = kl_lane() & 3;
+        if (g >> 1 == t) {
+            norm[g] = scale * kl_rsqrt((g & 1 ? top[1] : top[0]) + 1e-6f);
+            norm[g + 8] = scale * kl_rsqrt((g & 1 ? bottom[3] : bottom[2]) + 1e-6f);
+        }
+    }
+};
+
+/* The diagonal blocks by levels; c is this warp's block. The tile's w and kg serve as scratch. */
+template <int KP>
+__device__ __forceinline__ void kda_diagonal_by_levels(float c[8], const kda_tile_source &s, const kda_prepare_head<KP> &head, const kda_gate_scale &scale,
+                                                       kda_pair a[16], unsigned char *room, unsigned char *tile, int thread, int barrier)
+{
+    using at = kda_prepare_room<KP>;
+    using own_t = kda_owner<KP>;
+    const float *norm = (const float *)(room + at::norm);
+    unsigned char *x = tile + kda_tile<KP>::kg, *y = tile + kda_tile<KP>::w;
+    int b = thread >> 5 & 1, of_q = thread >> 6;
+#pragma unroll 1
+    for (int m = 16; m;) {
+        m /= 2;
+#pragma unroll 1
+        for (int u = 0; u < own_t::units; u++) {
+            own_t own(thread, u);
+            if (own.idle())
+                continue;
+            if (own_t::units > 1)
+                kda_decays(s.gate, a, room + at::g, own, scale,
+                           {kda_gate_bias(s.gate, scale, head.dt_bias[u].x), kda_gate_bias(s.gate, scale, head.dt_bias[u].y)});
+            kda_make_level(m, a, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, x, y, own);
+        }
+        kl_barrier(barrier, KDA_GROUP);
+        float part[8];
+        kda_rows_product<KP>(part, of_q ? y : x, 16 * b, x, 16 * b);
+        kda_take_level(c, part, m);
+        kl_barrier(barrier, KDA_GROUP);
+    }
+}
 
 template <int KP, class Free>
-__device__ void kda_prepare_tile(const kda_tile_source &s, const kda_prepare_head<KP> &head, kda_prepare_ahead ahead, int tokens,
-                                 unsigned char *room, unsigned char *tile, int thread, int barrier, Free rows_are_free);
+__device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const kda_prepare_head<KP> &head, kda_prepare_ahead ahead, int tokens,
+                                                 unsigned char *room, unsigned char *tile, int thread, int barrier, Free rows_are_free)
+{
+    using at = kda_prepare_room<KP>;
+    using own_t = kda_owner<KP>;
+    int warp = thread >> 5, b = warp & 1, of_q = warp >> 1;
+    float *norm = (float *)(room + at::norm), *beta = (float *)(room + at::beta), *T = (float *)(room + at::T);
+    float *block_decay = (float *)(room + at::block_decay);
+    int *vote = (int *)(room + at::vote);
+    kda_gate_scale scale = kda_gate_scale_of(s.gate, head.A_log, s.lower_bound);
+    auto bias = [&](int u) { return kda_pair{kda_gate_bias(s.gate, scale, head.dt_bias[u].x), kda_gate_bias(s.gate, scale, head.dt_bias[u].y)}; };
+
+    kl_copy_wait<0>();
+    kl_barrier(barrier, KDA_GROUP);
+
+    /* Norms, decays of the blocks, beta. */
+    kda_row_norms<KP> norms;
+    if (s.qk_l2norm)
+        norms.begin(room + (of_q ? at::q : at::k), 16 * b);
+    kda_pair a[16], sum;
+    bool deep = false;
+#pragma unroll
+    for (int u = 0; u < own_t::units; u++) {
+        own_t own(thread, u);
+        if (own.idle())
+            continue;
+        sum = kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
+        deep |= sum.x < -KDA_DEEP || sum.y < -KDA_DEEP;
+        *(float2 *)(block_decay + own.block * KP + own.c) = make_float2(kl_exp2(sum.x), kl_exp2(sum.y));
+    }
+    if (s.qk_l2norm)
+        norms.end(norm + 32 * of_q + 16 * b, of_q ? s.scale : 1.0f);
+    else if (kl_lane() < 16)
+        norm[32 * of_q + 16 * b + kl_lane()] = of_q ? s.scale : 1.0f;
+    if (thread < 32)
+        beta[thread] = thread < tokens ? kda_beta_of(s.beta_kind, kl_bf16_low(ahead.beta)) : 0.0f;
+    deep = __any_sync(0xffffffffu, deep);
+    if (kl_lane() == 0)
+        vote[warp] = deep;
+    kl_barrier(barrier, KDA_GROUP);
+
+    /* This warp's diagonal block: k (warps 0, 1) or q (2, 3) against k. */
+    float c[8] = {};
+    deep = vote[0] | vote[1] | vote[2] | vote[3];
+    if (deep)
+        kda_diagonal_by_levels(c, s, head, scale, a, room, tile, thread, barrier);
+#pragma unroll
+    for (int u = 0; u < own_t::units; u++) {
+        own_t own(thread, u);
+        if (own.idle())
+            continue;
+        if (own_t::units > 1)
+            sum = kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
+        float2 mine = *(const float2 *)(block_decay + own.block * KP + own.c), other = *(const float2 *)(block_decay + (1 - own.block) * KP + own.c);
+        if (own.block)
+            *(float2 *)(tile + kda_tile<KP>::decay + 4 * own.c) = make_float2(mine.x * other.x, mine.y * other.y);
+        kda_make_operands(a, sum, {other.x, other.y}, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, room + at::g, tile, own);
+    }
+    kl_barrier(barrier, KDA_GROUP);
+
+    unsigned char *kr = tile + kda_tile<KP>::w, *qr = room + at::q, *ke = room + at::k, *kd = room + at::g;
+    unsigned char *Tb = tile + kda_tile<KP>::Tb, *Aqk = tile + kda_tile<KP>::Aqk;
+    if (!deep)
+        kda_rows_product<KP>(c, of_q ? qr : kr, 16 * b, kd, 16 * b);
+    if (of_q) {
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            c[e] = kda_block_column(e) <= kda_block_row(e) ? c[e] : 0.0f;
+        kda_write_transposed(Aqk, 2 * b, c);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            c[e] = s.no_delta ? 0.0f : c[e];
+        kda_write_lower(T, b, c, beta + 16 * b);
+    }
+    kl_barrier(barrier, KDA_GROUP);
+
+    /* T of the diagonal blocks, beside what goes from block 0 to block 1. */
+    if (warp == 0)
+        kda_invert_diagonal(T);
+    if (warp == 1)
+        kda_rows_product<KP>(c, ke, 0, kr, 16);
+    if (warp == 2) {
+        kda_rows_product<KP>(c, qr, 16, ke, 0);
+        kda_write_transposed(Aqk, 1, c);
+    }
+    kl_barrier(barrier, KDA_GROUP);
+
+    if (warp == 1) {
+        float T10[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            c[e] = s.no_delta ? 0.0f : c[e];
+        kda_invert_across(T10, c, T, beta + 16);
+        kda_write_Tb(Tb, 1, T10, beta);
+    } else if (warp != 0) {
+        float diagonal[8];
+        kda_read_diagonal(diagonal, T, warp - 2);
+        kda_write_Tb(Tb, 2 * (warp - 2), diagonal, beta + 16 * (warp - 2));
+    }
+    rows_are_free();
+    kl_barrier(barrier, KDA_GROUP);
+
+    for (int n = 0; n < KP / 64; n++) {
+        if (s.no_delta) {
+            uint32_t zero[4] = {};
+            kda_write_block(kr, 4 * (warp * (KP / 64) + n) / 2, zero);
+            kda_write_block(kr, 4 * (warp * (KP / 64) + n) / 2 + 1, zero);
+        } else
+            kda_make_w<KP>(tile, block_decay, warp * (KP / 64) + n);
+    }
+    kl_fence_async();
+    kl_barrier(barrier, KDA_GROUP);
+}
 
 /* Every tile of every head into tiles [tile number][HV], kda_tile_bytes(K) each. table: kda_sequences_upload's. */
 kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles);

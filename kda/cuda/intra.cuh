@@ -1,0 +1,215 @@
+/* The matrices between the tokens of a tile: A, Aqk, T = (I + A)^-1 and w, by a group of four warps.
+ *
+ * Operands lie in shared memory as rows of bf16, [token][channel], cut into cells of 8 channels (16 bytes) such that both the
+ * owner of a channel pair, token by token, and ldmatrix, token by token too, meet no bank twice. */
+#ifndef KL_KDA_CUDA_INTRA_CUH
+#define KL_KDA_CUDA_INTRA_CUH
+
+#include "kda/cuda/tile.cuh"
+
+/* Byte offset of the cell of channels 8 c .. 8 c + 7. */
+__device__ __forceinline__ int kda_cell(int token, int c) { return c * 512 + ((token ^ (c & 7)) << 4); }
+
+/* Four 8 x 8 matrices of tokens t..t+15 and channels 16 s..16 s + 15: an A fragment of the rows; {r0, r2} and {r1, r3} are
+ * B fragments [channel x token] of tokens 0..7 and 8..15; transposed, {r0, r1} and {r2, r3} are [token x channel]. */
+__device__ __forceinline__ const unsigned char *kda_cells(const unsigned char *rows, int t, int s)
+{
+    int lane = kl_lane();
+    return rows + kda_cell(t + (lane & 15), 2 * s + (lane >> 4));
+}
+
+/* A 16 x 16 block in C fragments: c[0..3] columns 0..7, c[4..7] columns 8..15. */
+__device__ __forceinline__ int kda_block_row(int e) { return (kl_lane() >> 2) + 8 * (e >> 1 & 1); }
+__device__ __forceinline__ int kda_block_column(int e) { return 2 * (kl_lane() & 3) + (e & 1) + 8 * (e >> 2); }
+
+/* c[i,j] = x_(t+i) . y_(u+j) over all channels, 16 x 16. */
+template <int KP>
+__device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char *x, int t, const unsigned char *y, int u)
+{
+    float part[4][4] = {};
+#pragma unroll
+    for (int s = 0; s < KP / 16; s++) {
+        uint32_t a[4], r[4];
+        kl_ldmatrix4(a, kda_cells(x, t, s));
+        kl_ldmatrix4(r, kda_cells(y, u, s));
+        uint32_t left[2] = {r[0], r[2]}, right[2] = {r[1], r[3]};
+        kl_mma(part[2 * (s & 1)], a, left);
+        kl_mma(part[2 * (s & 1) + 1], a, right);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        c[e] = part[0][e] + part[2][e];
+        c[4 + e] = part[1][e] + part[3][e];
+    }
+}
+
+/* |x_(t+i)|^2 of 16 rows, in part: the lanes that hold the diagonal of the products. */
+template <int KP> __device__ __forceinline__ void kda_rows_squares(float top[4], float bottom[4], const unsigned char *x, int t)
+{
+#pragma unroll
+    for (int s = 0; s < KP / 16; s++) {
+        uint32_t a[4];
+        kl_ldmatrix4(a, kda_cells(x, t, s));
+        uint32_t left[2] = {a[0], a[2]}, right[2] = {a[1], a[3]};
+        kl_mma(top, a, left);
+        kl_mma(bottom, a, right);
+    }
+}
+
+/* C fragments of [i x j] are, packed, the words of a tile's block [k = j][n = i]. */
+__device__ __forceinline__ void kda_write_transposed(unsigned char *matrix, int b, const float c[8])
+{
+    uint32_t f[4] = {kl_pack_bf16(c[0], c[1]), kl_pack_bf16(c[4], c[5]), kl_pack_bf16(c[2], c[3]), kl_pack_bf16(c[6], c[7])};
+    kda_write_block(matrix, b, f);
+}
+/* The same block read back as an A fragment [i x j]. */
+__device__ __forceinline__ void kda_read_rows(uint32_t a[4], const unsigned char *matrix, int b)
+{
+    uint32_t f[4];
+    kda_read_block(f, matrix, b);
+    a[0] = f[0];
+    a[1] = f[2];
+    a[2] = f[1];
+    a[3] = f[3];
+}
+
+/* ---- T ----
+ * Two blocks of float, column after column: element (i, j) of block b at b * KDA_T_BLOCK + j * KDA_T_COLUMN + i. */
+enum { KDA_T_COLUMN = 20, KDA_T_BLOCK = 16 * KDA_T_COLUMN + 4, KDA_T_BYTES = 8 * KDA_T_BLOCK };
+
+/* Diag(beta) A strictly below the diagonal, to where T will be; beta of the block's 16 tokens. */
+__device__ __forceinline__ void kda_write_lower(float *T, int b, const float c[8], const float *beta)
+{
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        int i = kda_block_row(e), j = kda_block_column(e);
+        T[b * KDA_T_BLOCK + j * KDA_T_COLUMN + i] = j < i ? beta[i] * c[e] : 0.0f;
+    }
+}
+
+/* One warp turns both blocks L into (I + L)^-1 by forward substitution, a column a lane:
+ *     x = e_j;  for m: x_i -= L[i,m] x_m, i > m */
+__device__ __forceinline__ void kda_invert_diagonal(float *T)
+{
+    int j = kl_lane() & 15;
+    float *L = T + (kl_lane() >> 4) * KDA_T_BLOCK;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+        x[i] = i == j ? 1.0f : 0.0f;
+#pragma unroll
+    for (int m = 0; m < 15; m++)
+#pragma unroll
+        for (int q = (m + 1) / 4; q < 4; q++) {
+            float4 l = *(const float4 *)(L + m * KDA_T_COLUMN + 4 * q);
+            x[4 * q] = 4 * q > m ? fmaf(-l.x, x[m], x[4 * q]) : x[4 * q];
+            x[4 * q + 1] = 4 * q + 1 > m ? fmaf(-l.y, x[m], x[4 * q + 1]) : x[4 * q + 1];
+            x[4 * q + 2] = 4 * q + 2 > m ? fmaf(-l.z, x[m], x[4 * q + 2]) : x[4 * q + 2];
+            x[4 * q + 3] = fmaf(-l.w, x[m], x[4 * q + 3]);
+        }
+    __syncwarp();
+#pragma unroll
+    for (int q = 0; q < 4; q++)
+        *(float4 *)(L + j * KDA_T_COLUMN + 4 * q) = make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]);
+}
+
+/* T[i,j] of a diagonal block in the order of C fragments. */
+__device__ __forceinline__ void kda_read_diagonal(float c[8], const float *T, int b)
+{
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        c[e] = T[b * KDA_T_BLOCK + kda_block_column(e) * KDA_T_COLUMN + kda_block_row(e)];
+}
+
+/* high + low = x up to 2^-17 */
+__device__ __forceinline__ void kda_split(uint32_t &high, uint32_t &low, float x, float y)
+{
+    high = kl_pack_bf16(x, y);
+    low = kl_pack_bf16(x - kl_bf16_low(high), y - kl_bf16_high(high));
+}
+
+/* c += x y, 16 x 16 each, x in C fragments, y in the B fragments {first, second} of columns 0..7, then 8..15; nearly in float. */
+__device__ __forceinline__ void kda_split_product(float c[8], const float x[8], const float y[2][4])
+{
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        kda_split(high[e], low[e], x[2 * e], x[2 * e + 1]); /* C's order of pairs is A's */
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        uint32_t h[2], l[2];
+        kda_split(h[0], l[0], y[n][0], y[n][1]);
+        kda_split(h[1], l[1], y[n][2], y[n][3]);
+        kl_mma(c + 4 * n, low, h);
+        kl_mma(c + 4 * n, high, l);
+        kl_mma(c + 4 * n, high, h);
+    }
+}
+
+/* T10 = -T11 A10 T00 with A10 transposed in C fragments [j x i]; beta of the second block's tokens scales its rows. */
+__device__ __forceinline__ void kda_invert_across(float c[8], const float A10t[8], const float *T, const float *beta)
+{
+    int g = kl_lane() >> 2, t = kl_lane() & 3;
+    float b[4] = {beta[2 * t], beta[2 * t + 1], beta[2 * t + 8], beta[2 * t + 9]};
+    float A10[2][4], T11[8], T00[2][4], y[8] = {};
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            A10[n][e] = -b[e] * A10t[4 * (e >> 1) + 2 * n + (e & 1)];
+    kda_read_diagonal(T11, T, 1);
+    kda_split_product(y, T11, A10);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float2 x = *(const float2 *)(T + (g + 8 * n) * KDA_T_COLUMN + 2 * t + 8 * h);
+            T00[n][2 * h] = x.x;
+            T00[n][2 * h + 1] = x.y;
+        }
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        c[e] = 0.0f;
+    kda_split_product(c, y, T00);
+}
+
+/* Block b of Tb: T's block times beta of its columns. */
+__device__ __forceinline__ void kda_write_Tb(unsigned char *Tb, int b, const float T[8], const float *beta)
+{
+    float c[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        c[e] = T[e] * beta[kda_block_column(e)];
+    kda_write_transposed(Tb, b, c);
+}
+
+/* ---- w ----
+ * w_0 = Tb00 kr_0,  w_1 = (Tb11 kr_1) P_0 + Tb10 kr_0, where kr counts decays from its own block's start and P_0 is the
+ * first block's decay: channels 16 s..16 s + 15. kr lies where w will be; nobody else may need these channels. */
+template <int KP> __device__ __forceinline__ void kda_make_w(unsigned char *tile, const float *P0, int s)
+{
+    const unsigned char *Tb = tile + kda_tile<KP>::Tb;
+    unsigned char *w = tile + kda_tile<KP>::w;
+    uint32_t Tb00[4], Tb10[4], Tb11[4], r[4], r1[4];
+    kda_read_rows(Tb00, Tb, 0);
+    kda_read_rows(Tb10, Tb, 1);
+    kda_read_rows(Tb11, Tb, 2);
+    kl_ldmatrix4_trans(r, kda_cells(w, 0, s));
+    kl_ldmatrix4_trans(r1, kda_cells(w, 16, s));
+    __syncwarp();
+    float w0[8] = {}, w1[8] = {};
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        float2 p = *(const float2 *)(P0 + 16 * s + 8 * n + 2 * (kl_lane() & 3));
+        kl_mma(w1 + 4 * n, Tb11, r1 + 2 * n);
+        kl_mma(w0 + 4 * n, Tb00, r + 2 * n);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            w1[4 * n + e] *= e & 1 ? p.y : p.x;
+        kl_mma(w1 + 4 * n, Tb10, r + 2 * n);
+    }
+    kda_write_transposed(w, 2 * s, w0);
+    kda_write_transposed(w, 2 * s + 1, w1);
+}
+
+#endif

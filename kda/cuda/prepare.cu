@@ -1,0 +1,142 @@
+/* The first pass of the chunk kernels: every tile of every head, into memory. */
+#include "kda/cuda/prepare.cuh"
+#include "kda/cuda/sequences.cuh"
+
+#include "common/arena.h"
+#include "common/gpu.h"
+
+namespace {
+
+/* A tile of a head: where its tokens lie. */
+struct item {
+    int64_t token;
+    int tokens, hv;
+};
+
+__device__ __forceinline__ item item_of(const kda_sequences &sequences, int64_t number, int HV)
+{
+    int64_t tile = number / HV, n = kda_sequence_of_tile(sequences, tile);
+    kda_place place = kda_place_of(sequences, n);
+    int64_t first = (tile - place.tile) * sequences.tile;
+    return {place.begin + first, (int)min((int64_t)sequences.tile, place.length - first), (int)(number % HV)};
+}
+
+/* Groups walk over the items, a block each, the next item's rows on their way while one is made. */
+template <int KP>
+__global__ void __launch_bounds__(KDA_GROUP, KP > 128 ? 1 : 4)
+prepare_tiles(const __grid_constant__ kda_tile_source source, kda_sequences sequences, int64_t items, int HV, unsigned char *tiles)
+{
+    KL_SHARED(shared);
+    unsigned char *tile = shared, *room = shared + kda_tile<KP>::bytes;
+    int thread = (int)threadIdx.x;
+    int64_t number = blockIdx.x;
+    item now = item_of(sequences, number, HV);
+    kda_prepare_ahead ahead = kda_prepare_load<KP>(source, now.hv, now.token, now.tokens, room, thread);
+    kda_prepare_head<KP> head = kda_prepare_head_of<KP>(source, now.hv, thread);
+    while (number < items) {
+        int64_t follower = number + gridDim.x;
+        item next = now;
+        kda_prepare_ahead next_ahead = ahead;
+        kda_prepare_head<KP> next_head = head;
+        if (thread == 0)
+            kl_bulk_wait_read<0>();
+        kda_prepare_tile<KP>(source, head, ahead, now.tokens, room, tile, thread, 1, [&] {
+            if (follower >= items)
+                return;
+            next = item_of(sequences, follower, HV);
+            next_ahead = kda_prepare_load<KP>(source, next.hv, next.token, next.tokens, room, thread);
+            next_head = kda_prepare_head_of<KP>(source, next.hv, thread);
+        });
+        if (thread == 0) {
+            kl_bulk_store(tiles + number * kda_tile<KP>::bytes, tile, kda_tile<KP>::bytes);
+            kl_bulk_commit();
+        }
+        number = follower;
+        now = next;
+        ahead = next_ahead;
+        head = next_head;
+    }
+    if (thread == 0)
+        kl_bulk_wait<0>();
+}
+
+template <int KP> kl_status launch(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
+{
+    int64_t items = kda_tile_count(p) * p->HV, resident = (int64_t)kl_gpu_multiprocessors(ctx) * (KP > 128 ? 1 : 4);
+    kl_grid g;
+    g.x = items < resident ? items : resident;
+    g.threads = KDA_GROUP;
+    g.shared = kda_tile<KP>::bytes + kda_prepare_room<KP>::bytes;
+    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<KP>, kda_tile_source_of(p), kda_sequences_of(p, table), items, (int)p->HV,
+                     (unsigned char *)tiles);
+}
+
+bool wide(const void *x, int64_t stride, int64_t K) { return (uintptr_t)x % 16 == 0 && stride % 8 == 0 && K % 8 == 0; }
+
+} // namespace
+
+kda_tile_source kda_tile_source_of(const kda_problem *p)
+{
+    kda_tile_source s = {};
+    s.q = (const uint16_t *)p->q;
+    s.k = (const uint16_t *)p->k;
+    s.g = (const uint16_t *)p->g;
+    s.beta = (const uint16_t *)p->beta;
+    s.A_log = p->A_log;
+    s.dt_bias = p->dt_bias;
+    s.q_stride = kda_stride(p->q_stride, p->H * p->K);
+    s.k_stride = kda_stride(p->k_stride, p->H * p->K);
+    s.g_stride = kda_stride(p->g_stride, p->HV * p->G);
+    s.beta_stride = kda_stride(p->beta_stride, p->HV);
+    s.K = (int)p->K;
+    s.G = (int)p->G;
+    s.share = (int)(p->HV / p->H);
+    s.gate = p->gate;
+    s.beta_kind = p->beta_kind;
+    s.lower_bound = p->lower_bound;
+    s.scale = kda_scale(p->scale, p->K);
+    s.qk_l2norm = p->qk_l2norm;
+    s.no_delta = p->no_delta;
+    s.q_wide = wide(p->q, s.q_stride, p->K);
+    s.k_wide = wide(p->k, s.k_stride, p->K);
+    s.g_wide = p->G == p->K && wide(p->g, s.g_stride, p->K);
+    return s;
+}
+
+kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
+{
+    switch (kda_padded(p->K)) {
+    case 64:
+        return launch<64>(ctx, p, table, tiles);
+    case 128:
+        return launch<128>(ctx, p, table, tiles);
+    default:
+        return launch<256>(ctx, p, table, tiles);
+    }
+}
+
+static void carve(kl_arena *a, const kda_problem *p, void **table, void **tiles)
+{
+    *table = kl_arena_take(a, kda_sequences_bytes(p), 1);
+    *tiles = kl_arena_take(a, kl_mul((size_t)kda_tile_count(p), (size_t)p->HV, &a->overflow), kda_tile_bytes(p->K));
+}
+
+size_t kda_cuda_tiles_workspace(const kda_problem *p)
+{
+    kl_arena a = kl_arena_count();
+    void *table, *tiles;
+    carve(&a, p, &table, &tiles);
+    return a.overflow ? SIZE_MAX : a.used;
+}
+
+kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, void *workspace, size_t bytes, const void **tiles)
+{
+    kl_arena a = kl_arena_over(workspace, bytes);
+    void *table, *memory;
+    carve(&a, p, &table, &memory);
+    if (a.overflow)
+        return kl_error(KL_EINVAL, "kda tiles: workspace: expected %zu bytes, got %zu", kda_cuda_tiles_workspace(p), bytes);
+    KL_TRY(kda_sequences_upload(ctx, p, table));
+    *tiles = memory;
+    return kda_cuda_prepare(ctx, p, table, memory);
+}

@@ -1,0 +1,128 @@
+/* From raw rows to operands: a thread owns two channels of a block of 16 tokens, walks down its tokens with the product of
+ * their decays for what looks back to the block's start (kr, qr, qg), and up again for what looks ahead to its end (ke, kd, kg).
+ *
+ *     kr_i = k_i P(start->i)   qr_i = q_i P(start->i)   ke_j = k_j P(j->end)   kd_j = ke_j / P(block)
+ *
+ * so that within a block A[i,j] = kr_i . kd_j, and from block 0 to block 1 A[i,j] = kr_i . ke_j. Where a channel decays by
+ * more than 2^-KDA_DEEP within a block, kd is not used: then (prepare_levels.cuh) all factors are at most 1. */
+#ifndef KL_KDA_CUDA_PREPARE_OPERANDS_CUH
+#define KL_KDA_CUDA_PREPARE_OPERANDS_CUH
+
+#include "kda/cuda/gates.cuh"
+#include "kda/cuda/intra.cuh"
+
+enum { KDA_DEEP = 100 };
+
+/* A thread's share of unit u of a tile of KP channels: block and channels c, c + 1. */
+template <int KP> struct kda_owner {
+    static constexpr int units = KP > 128 ? 2 : 1;
+    int block, c;
+    __device__ __forceinline__ kda_owner(int thread, int u)
+    {
+        block = thread >> 5 & 1;
+        c = 64 * ((thread >> 6) + 2 * u) + 2 * (thread & 31);
+    }
+    __device__ __forceinline__ bool idle() const { return KP < 128 && c >= KP; }
+    /* Byte offset of token i of the block. */
+    __device__ __forceinline__ int at(int i) const { return kda_cell(16 * block + i, c >> 3) + 2 * (c & 7); }
+};
+
+struct kda_pair {
+    float x, y;
+};
+__device__ __forceinline__ kda_pair kda_unpack(uint32_t w) { return {kl_bf16_low(w), kl_bf16_high(w)}; }
+__device__ __forceinline__ kda_pair operator*(kda_pair a, kda_pair b) { return {a.x * b.x, a.y * b.y}; }
+__device__ __forceinline__ kda_pair operator*(float s, kda_pair a) { return {s * a.x, s * a.y}; }
+__device__ __forceinline__ uint32_t kda_packed(kda_pair a) { return kl_pack_bf16(a.x, a.y); }
+
+/* a[i]: the decays of the 16 tokens; returns log2 of their product. */
+template <int gate, int KP>
+__device__ __forceinline__ kda_pair kda_decays(kda_pair a[16], const unsigned char *g, const kda_owner<KP> &own, const kda_gate_scale &s, kda_pair bias)
+{
+    kda_pair sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        kda_pair x = kda_unpack(*(const uint32_t *)(g + own.at(i)));
+        x.x = kda_log2_decay<gate>(x.x, s, bias.x);
+        x.y = kda_log2_decay<gate>(x.y, s, bias.y);
+        sum.x += x.x;
+        sum.y += x.y;
+        a[i] = {kl_exp2(x.x), kl_exp2(x.y)};
+    }
+    return sum;
+}
+template <int KP>
+__device__ __forceinline__ kda_pair kda_decays(int gate, kda_pair a[16], const unsigned char *g, const kda_owner<KP> &own, const kda_gate_scale &s, kda_pair bias)
+{
+    if (gate == KDA_GATE_LOG)
+        return kda_decays<KDA_GATE_LOG>(a, g, own, s, bias);
+    if (gate == KDA_GATE_SOFTPLUS)
+        return kda_decays<KDA_GATE_SOFTPLUS>(a, g, own, s, bias);
+    return kda_decays<KDA_GATE_BOUNDED>(a, g, own, s, bias);
+}
+
+/* Where a thread puts its words of qg and kg in the tile. */
+template <int KP> struct kda_owner_slots {
+    int block, qg, kg;
+    __device__ __forceinline__ kda_owner_slots(const kda_owner<KP> &own)
+    {
+        int p = own.c >> 1 & 3, half = own.c >> 3 & 1, b = (own.c >> 4) * 2 + own.block;
+        block = own.block;
+        qg = kda_slot_of(b, p) + 4 * kda_word_of(b, half);
+        b = own.block * (KP / 16) + (own.c >> 4);
+        kg = kda_slot_of(b, 8 * p) + 4 * kda_word_of(b, 2 * half);
+    }
+    /* Token i of the block, two channels. */
+    __device__ __forceinline__ int qg_at(int i) const { return qg ^ (16 * (4 * (i & 7) ^ (i & 7) >> 1) | 8 * (i >> 3)); }
+    /* Tokens 2t, 2t+1 and 2t+8, 2t+9 of channel c + e. */
+    __device__ __forceinline__ int kg_at(int t, int e) const { return kg ^ 16 * (4 * e + t); }
+};
+
+/* a: decays; P: of the block and of the other one; norm: of k and of q, the block's 16 tokens. k and q are replaced by ke
+ * (block 0 only) and qr, g by kd. */
+template <int KP>
+__device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair log2P, kda_pair other, const float *k_norm, const float *q_norm,
+                                                  unsigned char *k, unsigned char *q, unsigned char *g, unsigned char *tile, const kda_owner<KP> &own)
+{
+    kda_owner_slots<KP> slots(own);
+    unsigned char *kr = tile + kda_tile<KP>::w, *qg = tile + kda_tile<KP>::qg, *kg = tile + kda_tile<KP>::kg;
+    uint32_t raw[16];
+    kda_pair P = {1.0f, 1.0f};
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        int at = own.at(i);
+        raw[i] = *(const uint32_t *)(k + at);
+        P = P * a[i];
+        *(uint32_t *)(kr + at) = kda_packed(k_norm[i] * kda_unpack(raw[i]) * P);
+        kda_pair x = q_norm[i] * kda_unpack(*(const uint32_t *)(q + at)) * P;
+        uint32_t qr = kda_packed(x);
+        *(uint32_t *)(q + at) = qr;
+        *(uint32_t *)(qg + slots.qg_at(i)) = own.block ? kda_packed(x * other) : qr;
+    }
+    kda_pair inverse = {kl_exp2(-log2P.x), kl_exp2(-log2P.y)}, ahead = own.block ? kda_pair{1.0f, 1.0f} : other, next = {0.0f, 0.0f};
+    uint32_t words[2][4]; /* channel; kg of tokens 8.. in pairs */
+    P = {1.0f, 1.0f};
+#pragma unroll
+    for (int i = 15; i >= 0; i--) {
+        int at = own.at(i);
+        kda_pair ke = k_norm[i] * kda_unpack(raw[i]) * P, x = ke * ahead;
+        P = P * a[i];
+        *(uint32_t *)(g + at) = kda_packed(ke * inverse);
+        if (!own.block)
+            *(uint32_t *)(k + at) = kda_packed(ke);
+        if (i & 1) {
+            next = x;
+            continue;
+        }
+        uint32_t low = kl_pack_bf16(x.x, next.x), high = kl_pack_bf16(x.y, next.y);
+        if (i >= 8) {
+            words[0][i / 2 - 4] = low;
+            words[1][i / 2 - 4] = high;
+        } else {
+            *(uint2 *)(kg + slots.kg_at(i / 2, 0)) = make_uint2(low, words[0][i / 2]);
+            *(uint2 *)(kg + slots.kg_at(i / 2, 1)) = make_uint2(high, words[1][i / 2]);
+        }
+    }
+}
+
+#endif
