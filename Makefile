@@ -52,7 +52,7 @@ ifeq ($(CUDA),1)
 C_SRC   := $(filter-out %_absent.c,$(C_SRC))
 else ifeq ($(EMULATE),1)
 C_SRC   := $(filter-out %_absent.c,$(C_SRC))
-CU_SRC  := $(filter-out common/gpu.cu,$(CU_SRC)) common/emulate.cc common/gpu_emulated.cc
+CU_SRC  := $(filter-out common/gpu%,$(CU_SRC)) common/emulate.cc common/gpu_emulated.cc
 LDLIBS  += -lstdc++
 else
 CU_SRC  :=

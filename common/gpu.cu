@@ -117,6 +117,11 @@ kl_status kl_gpu_copy(const kl_ctx *ctx, void *dst, const void *src, size_t byte
     return kl_gpu_sync(ctx);
 }
 
+kl_status kl_gpu_move(const kl_ctx *ctx, void *dst, const void *src, size_t bytes)
+{
+    return bytes ? kl_cuda(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, stream_of(ctx)), "copy") : kl_ok();
+}
+
 kl_status kl_gpu_fill(const kl_ctx *ctx, void *dst, int byte, size_t bytes)
 {
     return bytes ? kl_cuda(cudaMemsetAsync(dst, byte, bytes, stream_of(ctx)), "fill") : kl_ok();

@@ -6,6 +6,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "common/context.h"
 #include "common/status.h"
@@ -32,7 +33,8 @@ void kl_gpu_free(const kl_ctx *ctx, void *memory);
 kl_status kl_gpu_memory(const kl_ctx *ctx, size_t *free_bytes, size_t *total_bytes);
 /* On the stream, between any two places; done when it returns. */
 kl_status kl_gpu_copy(const kl_ctx *ctx, void *dst, const void *src, size_t bytes);
-kl_status kl_gpu_fill(const kl_ctx *ctx, void *dst, int byte, size_t bytes); /* on the stream; does not wait */
+kl_status kl_gpu_move(const kl_ctx *ctx, void *dst, const void *src, size_t bytes); /* within the device; does not wait */
+kl_status kl_gpu_fill(const kl_ctx *ctx, void *dst, int byte, size_t bytes); /* does not wait */
 /* Waits for the stream; reports what any kernel before it did wrong. */
 kl_status kl_gpu_sync(const kl_ctx *ctx);
 
@@ -49,6 +51,12 @@ kl_status kl_gpu_graph_begin(const kl_ctx *ctx);
 kl_status kl_gpu_graph_end(const kl_ctx *ctx, kl_gpu_graph **graph); /* also after a failure in between: then *graph is NULL */
 kl_status kl_gpu_graph_launch(const kl_ctx *ctx, kl_gpu_graph *graph);
 void kl_gpu_graph_destroy(kl_gpu_graph *graph);
+
+/* y = a b, bfloat16 matrices [n,n] on the device, float sums: what the device reaches at best. KL_EUNSUPPORTED without cuBLASLt. */
+typedef struct kl_gpu_product kl_gpu_product;
+kl_status kl_gpu_product_create(const kl_ctx *ctx, kl_gpu_product **product, int64_t n);
+kl_status kl_gpu_product_run(const kl_ctx *ctx, const kl_gpu_product *product, void *y, const void *a, const void *b);
+void kl_gpu_product_destroy(const kl_ctx *ctx, kl_gpu_product *product);
 
 /* A named range on the profiler's time line (NVTX); no more than a label elsewhere. */
 void kl_gpu_range_push(const char *name);

@@ -27,6 +27,7 @@ kl_status kl_gpu_alloc(const kl_ctx *ctx, void **memory, size_t bytes) { return 
 void kl_gpu_free(const kl_ctx *ctx, void *memory) { (void)ctx, (void)memory; }
 kl_status kl_gpu_memory(const kl_ctx *ctx, size_t *left, size_t *total) { return (void)ctx, *left = *total = 0, absent(); }
 kl_status kl_gpu_copy(const kl_ctx *ctx, void *dst, const void *src, size_t bytes) { return (void)ctx, (void)dst, (void)src, (void)bytes, absent(); }
+kl_status kl_gpu_move(const kl_ctx *ctx, void *dst, const void *src, size_t bytes) { return (void)ctx, (void)dst, (void)src, (void)bytes, absent(); }
 kl_status kl_gpu_fill(const kl_ctx *ctx, void *dst, int byte, size_t bytes) { return (void)ctx, (void)dst, (void)byte, (void)bytes, absent(); }
 kl_status kl_gpu_sync(const kl_ctx *ctx) { return (void)ctx, absent(); }
 kl_status kl_gpu_clock_create(const kl_ctx *ctx, kl_gpu_clock **clock) { return (void)ctx, *clock = NULL, absent(); }
@@ -37,5 +38,11 @@ kl_status kl_gpu_graph_begin(const kl_ctx *ctx) { return (void)ctx, absent(); }
 kl_status kl_gpu_graph_end(const kl_ctx *ctx, kl_gpu_graph **graph) { return (void)ctx, *graph = NULL, absent(); }
 kl_status kl_gpu_graph_launch(const kl_ctx *ctx, kl_gpu_graph *graph) { return (void)ctx, (void)graph, absent(); }
 void kl_gpu_graph_destroy(kl_gpu_graph *graph) { (void)graph; }
+kl_status kl_gpu_product_create(const kl_ctx *ctx, kl_gpu_product **product, int64_t n) { return (void)ctx, (void)n, *product = NULL, absent(); }
+kl_status kl_gpu_product_run(const kl_ctx *ctx, const kl_gpu_product *product, void *y, const void *a, const void *b)
+{
+    return (void)ctx, (void)product, (void)y, (void)a, (void)b, absent();
+}
+void kl_gpu_product_destroy(const kl_ctx *ctx, kl_gpu_product *product) { (void)ctx, (void)product; }
 void kl_gpu_range_push(const char *name) { (void)name; }
 void kl_gpu_range_pop(void) {}

@@ -52,6 +52,8 @@ kl_status kl_gpu_copy(const kl_ctx *, void *dst, const void *src, size_t bytes)
     return kl_ok();
 }
 
+kl_status kl_gpu_move(const kl_ctx *ctx, void *dst, const void *src, size_t bytes) { return kl_gpu_copy(ctx, dst, src, bytes); }
+
 kl_status kl_gpu_fill(const kl_ctx *, void *dst, int byte, size_t bytes)
 {
     if (bytes)
@@ -86,5 +88,14 @@ kl_status kl_gpu_graph_begin(const kl_ctx *) { return no_graphs(); }
 kl_status kl_gpu_graph_end(const kl_ctx *, kl_gpu_graph **graph) { return *graph = NULL, no_graphs(); }
 kl_status kl_gpu_graph_launch(const kl_ctx *, kl_gpu_graph *) { return no_graphs(); }
 void kl_gpu_graph_destroy(kl_gpu_graph *graph) { delete graph; }
+
+kl_status kl_gpu_product_create(const kl_ctx *, kl_gpu_product **product, int64_t)
+{
+    *product = NULL;
+    return kl_error(KL_EUNSUPPORTED, "product: an emulated device has no library");
+}
+kl_status kl_gpu_product_run(const kl_ctx *, const kl_gpu_product *, void *, const void *, const void *) { return kl_ok(); }
+void kl_gpu_product_destroy(const kl_ctx *, kl_gpu_product *) {}
+
 void kl_gpu_range_push(const char *) {}
 void kl_gpu_range_pop(void) {}

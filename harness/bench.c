@@ -248,6 +248,18 @@ static kl_status bench_shape(kl_bench *b, kl_family family, const kl_shape *s, k
     return status;
 }
 
+static kl_status bench_on_device(kl_bench *b, kl_family family, const kl_shape *s, kl_bench_pass pass)
+{
+    double kda, general;
+    KL_TRY(kl_bench_device(b, family, s, pass, &kda));
+    if (family != KL_FAMILY_KDA || !s->dplr || pass != KL_BENCH_FWD)
+        return kl_ok();
+    KL_TRY(kl_bench_device(b, KL_FAMILY_DPLR, s, pass, &general));
+    if (kda > 0.0 && general > 0.0 && !b->quiet)
+        printf("  kda T %lld: chunk is %.2f times as fast as general DPLR in chunks\n", (long long)s->T, general / kda);
+    return kl_ok();
+}
+
 kl_status kl_bench_family(kl_bench *b, kl_family family, const kl_shape *shapes, int count)
 {
     for (int i = 0; i < count; i++) {
@@ -260,7 +272,7 @@ kl_status kl_bench_family(kl_bench *b, kl_family family, const kl_shape *shapes,
         KL_REQUIRE(s.T >= 1, "--shapes: T: expected at least 1");
         for (int p = 0; p < KL_BENCH_PASSES; p++)
             if (b->pass[p])
-                KL_TRY(bench_shape(b, family, &s, (kl_bench_pass)p));
+                KL_TRY(b->ctx->device == KL_CUDA ? bench_on_device(b, family, &s, (kl_bench_pass)p) : bench_shape(b, family, &s, (kl_bench_pass)p));
     }
     return kl_ok();
 }

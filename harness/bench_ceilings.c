@@ -70,6 +70,8 @@ static void measure_gemm(const kl_ctx *ctx, float *a, kl_ceilings *c)
 
 kl_status kl_ceilings_measure(kl_ctx *ctx, kl_ceilings *c)
 {
+    if (ctx->device == KL_CUDA)
+        return kl_ceilings_measure_device(ctx, c);
     char *a = aligned_alloc(64, STREAM_BYTES), *b = aligned_alloc(64, STREAM_BYTES);
     if (a && b) {
         measure_streams(ctx, a, b, c);

@@ -47,7 +47,7 @@ static void add_size(cJSON *o, const char *name, int64_t n)
 static void add_shape(cJSON *o, const kl_shape *s)
 {
     const struct { const char *name; int64_t value; } size[] = {
-        {"B", s->B}, {"T", s->T}, {"N", s->N}, {"H", s->H}, {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"C", s->C}, {"Tq", s->Tq},
+        {"B", s->B}, {"T", s->T}, {"N", s->N}, {"H", s->H}, {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"C", s->C}, {"raw", s->raw}, {"Tq", s->Tq},
         {"R", s->R}, {"Dn", s->Dn}, {"Dr", s->Dr}, {"Dv", s->Dv}, {"D", s->D}, {"E", s->E}, {"I", s->I}, {"Is", s->Is}, {"top_k", s->top_k}};
     for (size_t i = 0; i < sizeof size / sizeof *size; i++)
         add_size(o, size[i].name, size[i].value);
@@ -73,8 +73,46 @@ typedef struct binding {
 static binding binds(const kl_bench *b, const kl_bench_row *r)
 {
     double gbps = 1e-9 * r->cost.bytes / r->seconds.median, tflops = 1e-12 * r->cost.flops / r->seconds.median;
-    double memory = gbps / r->memory_gbps, compute = tflops / b->ceilings.gemm_tflops;
-    return r->pass == KL_BENCH_DECODE || memory > compute ? (binding){r->memory_name, memory} : (binding){"gemm_f32", compute};
+    double memory = gbps / r->memory_gbps, compute = b->ceilings.gemm_tflops > 0.0 ? tflops / b->ceilings.gemm_tflops : 0.0;
+    const char *product = r->device ? "gemm_bf16" : "gemm_f32";
+    return r->pass == KL_BENCH_DECODE || memory > compute ? (binding){r->memory_name, memory} : (binding){product, compute};
+}
+
+static void add_median(cJSON *o, const char *name, const kl_spread *s)
+{
+    if (s->runs)
+        cJSON_AddNumberToObject(o, name, 1e6 * s->median);
+}
+
+/* min_us, max_us and runs are of the time that rates are computed from: on a device graph_us, or pipelined_us without graphs. */
+static void add_times(cJSON *o, const kl_bench_row *r)
+{
+    const kl_device_times *t = r->device;
+    add_median(o, "call_us", t ? &t->call : &r->seconds);
+    if (t) {
+        add_median(o, "pipelined_us", &t->pipelined);
+        add_median(o, "graph_us", &t->graph);
+        add_median(o, "graph_warm_us", &t->warm);
+        add_median(o, "host_us", &t->host);
+        cJSON_AddNumberToObject(o, "sets", t->sets);
+    }
+    cJSON_AddNumberToObject(o, "min_us", 1e6 * r->seconds.min);
+    cJSON_AddNumberToObject(o, "max_us", 1e6 * r->seconds.max);
+    cJSON_AddNumberToObject(o, "runs", r->seconds.runs);
+}
+
+static void add_error(cJSON *o, const kl_bench_row *r)
+{
+    cJSON_AddItemToObject(o, "err", isfinite(r->err) ? cJSON_CreateNumber(r->err) : cJSON_CreateNull());
+    cJSON_AddNumberToObject(o, "err_limit", r->err_limit);
+    add_size(o, "err_T", r->err_T);
+    if (r->err_part > 0.0)
+        cJSON_AddNumberToObject(o, "err_worst_part", r->err_part);
+    if (!r->err_head_count)
+        return;
+    cJSON *list = cJSON_AddArrayToObject(o, "err_heads");
+    for (int i = 0; i < r->err_head_count; i++)
+        cJSON_AddItemToArray(list, cJSON_CreateNumber((double)r->err_heads[i]));
 }
 
 static kl_status emit_json(kl_bench *b, const kl_bench_row *r)
@@ -86,10 +124,7 @@ static kl_status emit_json(kl_bench *b, const kl_bench_row *r)
     if (r->gate)
         cJSON_AddStringToObject(o, "gate", r->gate);
     add_shape(o, r->shape);
-    cJSON_AddNumberToObject(o, "call_us", 1e6 * r->seconds.median);
-    cJSON_AddNumberToObject(o, "min_us", 1e6 * r->seconds.min);
-    cJSON_AddNumberToObject(o, "max_us", 1e6 * r->seconds.max);
-    cJSON_AddNumberToObject(o, "runs", r->seconds.runs);
+    add_times(o, r);
     add_number(o, "bytes", r->cost.bytes);
     add_number(o, "flops", r->cost.flops);
     add_number(o, "gbps", 1e-9 * r->cost.bytes / r->seconds.median);
@@ -97,11 +132,12 @@ static kl_status emit_json(kl_bench *b, const kl_bench_row *r)
     binding bound = binds(b, r);
     cJSON_AddStringToObject(o, "ceiling", bound.name);
     add_number(o, "ceiling_frac", bound.fraction);
-    if (r->err_limit > 0.0) {
-        cJSON_AddItemToObject(o, "err", isfinite(r->err) ? cJSON_CreateNumber(r->err) : cJSON_CreateNull());
-        cJSON_AddNumberToObject(o, "err_limit", r->err_limit);
-        add_size(o, "err_T", r->err_T);
+    if (r->device) {
+        cJSON_AddNumberToObject(o, "copy_gbps", b->ceilings.copy_gbps);
+        cJSON_AddNumberToObject(o, "gemm_tflops", b->ceilings.gemm_tflops);
     }
+    if (r->err_limit > 0.0)
+        add_error(o, r);
     cJSON_AddNumberToObject(o, "workspace_bytes", (double)r->workspace_bytes);
     cJSON_AddNumberToObject(o, "peak_bytes", (double)r->peak_bytes);
     kl_provenance_add(o, &b->provenance);
@@ -125,6 +161,68 @@ static void describe(const kl_shape *s, char *text, size_t size)
         used += (size_t)snprintf(text + used, size - used, " %lld packed", (long long)s->length_count);
     if (s->R && used < size)
         snprintf(text + used, size - used, " %s", s->latent == KL_BF16 ? "bf16" : "f32");
+}
+
+static void print_time(const kl_spread *s)
+{
+    if (s->runs)
+        printf(" %9.1f", 1e6 * s->median);
+    else
+        printf(" %9s", "-");
+}
+
+static void emit_device_text(kl_bench *b, const kl_bench_row *r)
+{
+    if (b->rows == 0)
+        printf("%-4s %-6s %-9s %-6s %-22s %9s %19s %9s %9s %9s %9s %8s %8s %15s %9s %9s %8s\n", "fam", "pass", "variant", "gate", "shape", "graph us",
+               "min .. max", "warm", "pipelined", "one call", "host", "GB/s", "TFLOP/s", "of ceiling", "workspace", "error", "limit");
+    char shape[96], err[48], limit[16], spread[40], room[24];
+    const kl_device_times *t = r->device;
+    describe(r->shape, shape, sizeof shape);
+    kl_format_error(r->err, err, sizeof err);
+    kl_format_error(r->err_limit, limit, sizeof limit);
+    kl_format_bytes((double)r->workspace_bytes, room, sizeof room);
+    snprintf(spread, sizeof spread, "%.1f .. %.1f", 1e6 * r->seconds.min, 1e6 * r->seconds.max);
+    binding bound = binds(b, r);
+    printf("%-4s %-6s %-9s %-6s %-22s", r->family, kl_bench_pass_name(r->pass), r->variant, r->gate, shape);
+    print_time(&t->graph);
+    printf(" %19s", spread);
+    print_time(&t->warm);
+    print_time(&t->pipelined);
+    print_time(&t->call);
+    print_time(&t->host);
+    printf(" %8.0f %8.1f %5.1f%% %-9s %9s %9s %8s", 1e-9 * r->cost.bytes / r->seconds.median, 1e-12 * r->cost.flops / r->seconds.median,
+           100.0 * bound.fraction, bound.name, room, err, limit);
+    if (!kl_within(r->err, r->err_limit))
+        printf("  WRONG");
+    for (int i = 0; i < r->err_head_count; i++)
+        printf("%s%lld%s", i ? " " : "  (error of heads ", (long long)r->err_heads[i], i + 1 == r->err_head_count ? ")" : "");
+    putchar('\n');
+    fflush(stdout);
+}
+
+static void add_to_means(kl_bench *b, const kl_bench_row *r)
+{
+    char name[sizeof b->means.of[0].name];
+    snprintf(name, sizeof name, "%s %s %s %s", r->family, kl_bench_pass_name(r->pass), r->variant, r->gate ? r->gate : "");
+    int i = 0;
+    while (i < b->means.count && strcmp(b->means.of[i].name, name) != 0)
+        i++;
+    if (i == sizeof b->means.of / sizeof *b->means.of)
+        return;
+    if (i == b->means.count)
+        memcpy(b->means.of[b->means.count++].name, name, sizeof name);
+    b->means.of[i].log_sum += log(r->seconds.median);
+    b->means.of[i].rows++;
+}
+
+void kl_bench_means(kl_bench *b)
+{
+    for (int i = 0; i < b->means.count && !b->quiet; i++)
+        if (b->means.of[i].rows > 1)
+            printf("  %s: geometric mean of %d shapes %.1f us\n", b->means.of[i].name, b->means.of[i].rows,
+                   1e6 * exp(b->means.of[i].log_sum / b->means.of[i].rows));
+    b->means.count = 0;
 }
 
 static void emit_text(kl_bench *b, const kl_bench_row *r)
@@ -153,8 +251,12 @@ static void emit_text(kl_bench *b, const kl_bench_row *r)
 
 kl_status kl_bench_emit(kl_bench *b, const kl_bench_row *r)
 {
-    if (!b->quiet)
+    if (!b->quiet && r->device)
+        emit_device_text(b, r);
+    else if (!b->quiet)
         emit_text(b, r);
+    if (r->device)
+        add_to_means(b, r);
     b->rows++;
     b->wrong |= r->err_limit > 0.0 && !kl_within(r->err, r->err_limit);
     return emit_json(b, r);

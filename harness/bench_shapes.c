@@ -4,6 +4,34 @@
 #include "harness/bench.h"
 #include "harness/cli.h"
 
+/* The shapes that KDA on a device is measured at. */
+static const kl_shape_list lists[] = {
+    {"ten", "T=2048,H=12;T=2048,H=16;T=4096,H=8;T=4096,H=12;T=8192,N=4,H=12;T=8192,H=16;T=1024,H=4;T=3072,H=10;T=8192,H=24;T=16384,N=8,H=16",
+     "the ten shapes", {[KL_BENCH_FWD] = true}},
+    {"heads32", "T=8192,H=32;T=32768;T=131072", "the released model's heads", {[KL_BENCH_FWD] = true}},
+    {"heads96", "T=8192,H=64;T=8192,H=96;lengths=1300+547+2048+963+271+3063;T=8192,N=8", "many heads, one sequence and several", {[KL_BENCH_FWD] = true}},
+    {"train", "T=8192,H=32,raw=1", "forward and backward with gate, norms and sigmoid inside", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true, [KL_BENCH_FWDBWD] = true}},
+    {"decode", "T=1,H=32,B=8;B=32;B=64;B=128;B=256", "one token for each of B sequences", {[KL_BENCH_DECODE] = true}},
+    {"fig2", "T=2048,H=16,dplr=1;T=8192;T=32768;T=65536;T=2048,G=1,dplr=0;T=8192;T=32768;T=65536", "KDA, general DPLR, Gated DeltaNet", {[KL_BENCH_FWD] = true}},
+    {"gates", "T=8192,H=32;G=32;G=8;G=1;G=0", "gates a channel, a block, a head, and none", {[KL_BENCH_FWD] = true}},
+};
+
+const kl_shape_list *kl_shape_lists(int *count)
+{
+    *count = (int)(sizeof lists / sizeof *lists);
+    return lists;
+}
+
+/* N sequences of about T / N tokens. */
+static kl_status pack(kl_shape *s)
+{
+    KL_REQUIRE(s->N <= KL_SHAPE_LENGTHS && s->N <= s->T, "--shapes: N: expected at most %d sequences and T tokens, got %lld", KL_SHAPE_LENGTHS, (long long)s->N);
+    s->length_count = s->N;
+    for (int64_t n = 0; n < s->N; n++)
+        s->lengths[n] = s->T * (n + 1) / s->N - s->T * n / s->N;
+    return kl_ok();
+}
+
 /* Which key sets which field, for which families. */
 static const struct shape_key {
     const char *name, *families;
@@ -18,7 +46,9 @@ static const struct shape_key {
     {"V", "kda", offsetof(kl_shape, V), 1, KDA_MAX_DIM},
     {"G", "kda", offsetof(kl_shape, G), 0, KDA_MAX_DIM},
     {"C", "kda model", offsetof(kl_shape, C), 1, 1 << 24},
-    {"N", "mla", offsetof(kl_shape, N), 1, 1 << 24},
+    {"raw", "kda", offsetof(kl_shape, raw), 0, 1},
+    {"dplr", "kda", offsetof(kl_shape, dplr), 0, 1},
+    {"N", "kda mla", offsetof(kl_shape, N), 1, 1 << 24},
     {"Tq", "mla", offsetof(kl_shape, Tq), 0, INT64_C(1) << 36},
     {"R", "mla", offsetof(kl_shape, R), 1, 4096},
     {"Dn", "mla", offsetof(kl_shape, Dn), 0, 4096},
@@ -65,7 +95,7 @@ static kl_status parse_dtype(const char *name, const char *text, bool half, kl_d
 static kl_status parse_lengths(char *text, kl_shape *s)
 {
     char *item;
-    s->length_count = 0;
+    s->length_count = s->N = 0;
     while ((item = strsep(&text, "+"))) {
         KL_REQUIRE(s->length_count < KL_SHAPE_LENGTHS, "--shapes: lengths: expected at most %d", KL_SHAPE_LENGTHS);
         KL_TRY(cli_tokens("--shapes: lengths", item, &s->lengths[s->length_count++]));
@@ -93,7 +123,7 @@ static kl_status set_key(const char *family, const char *name, char *value, kl_s
                    (long long)keys[i].high, value);
         memcpy((char *)s + keys[i].offset, &n, sizeof n);
         if (strcmp(name, "T") == 0)
-            s->length_count = 0;
+            s->length_count = s->N = 0;
         if (strcmp(name, "G") == 0 && n == 0)
             s->G = -1;
         return kl_ok();
@@ -117,6 +147,8 @@ kl_status kl_shapes_parse(const char *family, const char *text, const kl_shape *
             *value = '\0';
             KL_TRY(set_key(family, pair, value + 1, &s));
         }
+        if (strcmp(family, "kda") == 0 && s.N > 1)
+            KL_TRY(pack(&s));
         shapes[(*count)++] = s;
     }
     return kl_ok();

@@ -20,7 +20,7 @@ typedef struct bench_options {
 static const struct argp_option options[] = {
     CLI_OPTIONS_HELP, CLI_OPTIONS_DEVICE,
     {"json", KEY_FILE, "FILE", 0, "Write the rows to FILE as JSON lines too ('-': print them instead of the table)", 8},
-    {"shapes", KEY_SHAPES, "KEY=N,...;...", 0, "The cases to run; each starts from the one before it", 1},
+    {"shapes", KEY_SHAPES, "KEY=N,...;...|LIST", 0, "The cases to run; each starts from the one before it", 1},
     {"pass", KEY_PASS, "NAME", 0, "fwd, bwd, decode; for a model prefill, decode, fwdbwd (may be repeated)", 1},
     {"variant", KEY_VARIANT, "NAME", 0, "Time this variant only", 1},
     {"gate", KEY_GATE, "REGIME", 0, "Decays of the KDA inputs: strong, slow or mixed (mixed)", 1},
@@ -31,8 +31,9 @@ static const struct argp_option options[] = {
 
 static const char doc[] =
     "Times every registered variant and prints one row a case, with the fraction of what this machine reaches and the error against the reference.\v"
-    "Keys of --shapes: kda B T H HV K V G C lengths; mla N T Tq H R Dn Dr Dv latent weight lengths; moe T D E I Is top_k weight; "
-    "model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'";
+    "Keys of --shapes: kda B T N H HV K V G C lengths, on a device raw (gate, norms and sigmoid inside) and dplr; mla N T Tq H R Dn Dr Dv latent weight lengths; moe T D E I Is top_k weight; "
+    "model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'. "
+    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates.";
 
 static kl_status choose_pass(bench_options *o, const char *name)
 {
@@ -93,11 +94,11 @@ static const defaults table[] = {
     {"model", {.T = 2048, .new_tokens = 64}, {"T=2048", NULL}, {{[KL_BENCH_PREFILL] = true, [KL_BENCH_DECODE] = true}, {false}}},
 };
 
-static kl_status check_passes(const char *family, const bool *pass)
+static kl_status check_passes(const char *family, kl_device device, const bool *pass)
 {
     bool model = strcmp(family, "model") == 0;
     for (int p = 0; p < KL_BENCH_PASSES; p++) {
-        bool offered = model ? p >= KL_BENCH_DECODE : p <= KL_BENCH_DECODE;
+        bool offered = model ? p >= KL_BENCH_DECODE : p <= KL_BENCH_DECODE || (p == KL_BENCH_FWDBWD && device == KL_CUDA);
         KL_REQUIRE(!pass[p] || offered, "--pass: %s has no pass '%s'", family, kl_bench_pass_name((kl_bench_pass)p));
     }
     return kl_ok();
@@ -117,10 +118,22 @@ static kl_status run_group(kl_bench *b, const defaults *d, kl_model *m, const ch
     return kl_ok();
 }
 
+/* The list that --shapes names, or NULL. */
+static const kl_shape_list *named_list(const char *family, const char *shapes)
+{
+    int count;
+    const kl_shape_list *list = kl_shape_lists(&count);
+    for (int i = 0; strcmp(family, "kda") == 0 && i < count; i++)
+        if (strcmp(shapes, list[i].name) == 0)
+            return &list[i];
+    return NULL;
+}
+
 static kl_status run_all(kl_bench *b, const bench_options *o, const defaults *d, kl_model *m)
 {
+    const kl_shape_list *list = o->shapes ? named_list(d->family, o->shapes) : NULL;
     if (o->shapes)
-        return run_group(b, d, m, o->shapes, o->chosen ? o->pass : d->pass[0]);
+        return run_group(b, d, m, list ? list->shapes : o->shapes, o->chosen ? o->pass : list ? list->pass : d->pass[0]);
     for (int i = 0; i < 2 && d->shapes[i]; i++) {
         bool pass[KL_BENCH_PASSES], any = false;
         for (int p = 0; p < KL_BENCH_PASSES; p++)
@@ -168,8 +181,8 @@ static kl_status check_request(const bench_options *o, const defaults *d)
     kl_shape list[KL_SHAPES];
     int count;
     if (o->chosen)
-        KL_TRY(check_passes(d->family, o->pass));
-    return o->shapes ? kl_shapes_parse(d->family, o->shapes, &d->first, list, &count) : kl_ok();
+        KL_TRY(check_passes(d->family, o->common.context.device, o->pass));
+    return o->shapes && !named_list(d->family, o->shapes) ? kl_shapes_parse(d->family, o->shapes, &d->first, list, &count) : kl_ok();
 }
 
 static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)
@@ -179,11 +192,15 @@ static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)
     if (strcmp(d->family, "model") == 0)
         KL_TRY(open_model(o, b->ctx, &m));
     kl_status s = kl_ceilings_measure(b->ctx, &b->ceilings);
-    if (!kl_failed(s) && !b->quiet)
+    if (!kl_failed(s) && !b->quiet && b->ctx->device == KL_CUDA)
+        printf("%s: copy %.0f GB/s, bfloat16 product %.0f TFLOP/s\n", b->provenance.device, b->ceilings.copy_gbps, b->ceilings.gemm_tflops);
+    else if (!kl_failed(s) && !b->quiet)
         printf("%s, %d threads: copy %.1f GB/s, read %.1f GB/s, float32 product %.0f GFLOP/s\n", b->provenance.device, b->ctx->threads,
                b->ceilings.copy_gbps, b->ceilings.read_gbps, 1e3 * b->ceilings.gemm_tflops);
     if (!kl_failed(s))
         s = run_all(b, o, d, m);
+    if (!kl_failed(s))
+        kl_bench_means(b);
     kl_model_close(m);
     if (!kl_failed(s) && !b->rows)
         s = kl_error(KL_EINVAL, "bench: no variant offers what was asked");

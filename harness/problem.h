@@ -85,6 +85,7 @@ typedef struct kl_kda_spec {
     bool state;             /* an initial state and, backward, a gradient of the final one */
     bool chunk_states, token_states; /* outputs too */
     bool backward;
+    bool blank;             /* inputs are left for the caller to fill */
     uint64_t seed;
 } kl_kda_spec;
 kl_status kl_case_kda(kl_case *c, const kl_kda_spec *s);

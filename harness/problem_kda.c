@@ -143,15 +143,19 @@ static void fill_beta(const kda_layout *l, int64_t count)
     }
 }
 
+static void pack(const kda_layout *l)
+{
+    l->cu[0] = 0;
+    for (int64_t n = 0; n < l->N; n++)
+        l->cu[n + 1] = l->cu[n] + l->s.lengths[n];
+}
+
 static void fill(const kda_layout *l)
 {
     const kl_kda_spec *s = &l->s;
     int64_t tokens = s->B * s->T, qk = tokens * s->H * s->K, v = tokens * s->HV * s->V, state = l->N * s->HV * s->K * s->V;
-    if (l->cu) {
-        l->cu[0] = 0;
-        for (int64_t n = 0; n < l->N; n++)
-            l->cu[n + 1] = l->cu[n] + s->lengths[n];
-    }
+    if (l->cu)
+        pack(l);
     struct { float *x; int64_t count; } normal[] = {{l->q, qk}, {l->k, qk}, {l->v, v}, {l->h0, state}, {l->d_o, v}, {l->dht, state}};
     for (int i = 0; i < 6; i++) {
         kl_rng r = kl_rng_make(s->seed, 10 + (uint64_t)i);
@@ -199,7 +203,10 @@ kl_status kl_case_kda(kl_case *c, const kl_kda_spec *given)
     *c = (kl_case){.family = KL_FAMILY_KDA, .tolerance = kl_tol_kda_f32, .backward = given->backward};
     KL_TRY(with_defaults(&l, given));
     KL_TRY(kl_case_build(c, lay_out, &l));
-    fill(&l);
+    if (!given->blank)
+        fill(&l);
+    else if (l.cu)
+        pack(&l);
     const kl_kda_spec *s = &l.s;
     c->correlated = s->regime == KL_REGIME_SLOW;
     static const char *const gates[] = {"", " softplus", " bounded"};

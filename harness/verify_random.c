@@ -23,8 +23,7 @@ static void draw_device(kl_rng *r, kl_kda_spec *s, kl_placement *at)
     s->chunk_states = one_in(r, 3);
     s->token_states = s->T <= 129 && one_in(r, 4);
     s->backward = !s->token_states && !at->in_place;
-    bool log_gate = s->gate == KDA_GATE_LOG && s->regime == KL_REGIME_STRONG && s->K > 1;
-    if (log_gate && one_in(r, 2))
+    if (s->gate == KDA_GATE_LOG && s->G > 0 && s->K > 1 && one_in(r, 2))
         s->regime = KL_REGIME_ZERO + (kl_regime)kl_rng_below(r, KL_REGIMES - KL_REGIME_ZERO);
 }
 

@@ -43,14 +43,13 @@ static double tokens(const kda_problem *p) { return (double)p->B * (double)p->T;
 /* Every input once, every output once; backward reads them again with their gradients. */
 static double least_bytes(const kda_problem *p, kl_pass pass)
 {
-    double token = 2.0 * p->H * p->K + 2.0 * p->HV * p->V + p->HV * (p->G + 1.0);
-    double states = (double)p->N * p->HV * p->K * p->V * ((p->h0 != NULL) + (p->ht != NULL));
+    double element = (double)kl_dtype_size(p->dtype), state = (double)p->HV * p->K * p->V;
+    double token = element * (2.0 * p->H * p->K + 2.0 * p->HV * p->V + p->HV * (p->G + 1.0));
+    double states = (double)p->N * state * (double)kl_dtype_size(p->state_dtype) * ((p->h0 != NULL) + (p->ht != NULL));
     double forward = tokens(p) * token + states;
     if (pass == KL_BACKWARD)
-        return 4.0 * (2.0 * forward - tokens(p) * p->HV * p->V);
-    if (p->token_states)
-        forward += tokens(p) * p->HV * p->K * p->V;
-    return 4.0 * forward;
+        return 2.0 * forward - element * tokens(p) * p->HV * p->V;
+    return forward + (p->token_states ? 4.0 * tokens(p) * state : 0.0);
 }
 
 /* Decay, S'^T k, k u^T and S^T q: 7 K V a token and head. */
