@@ -201,6 +201,8 @@ __device__ __forceinline__ void kl_mbar_wait(uint64_t *bar, int parity)
 
 /* Ordinary stores of this thread become visible to bulk copies (call before the barrier that hands over). */
 __device__ __forceinline__ void kl_fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+/* The same for shared memory alone, much cheaper: global writes before it are not waited for. */
+__device__ __forceinline__ void kl_fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /* bytes and both addresses multiples of 16; bar counts the bytes. */
 __device__ __forceinline__ void kl_bulk_load(void *shared, const void *global, int bytes, uint64_t *bar)

@@ -338,6 +338,7 @@ static inline void kl_mbar_wait(uint64_t *bar, int parity)
 
 /* ---- asynchronous copies happen at once ---- */
 static inline void kl_fence_async() {}
+static inline void kl_fence_async_shared() {}
 static inline void kl_emulated_aligned(const char *what, const void *a, const void *b, int bytes)
 {
     if ((uintptr_t)a % 16 || (uintptr_t)b % 16 || bytes % 16 || bytes <= 0)
