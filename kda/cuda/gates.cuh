@@ -25,11 +25,17 @@ __device__ __forceinline__ float kda_gate_bias(int gate, const kda_gate_scale &s
     return dt_bias * (gate == KDA_GATE_SOFTPLUS ? kda_log2e : s.rate);
 }
 
-/* log2(1 + e): the logarithm unit has an absolute error, so small e go through the series. */
-__device__ __forceinline__ float kda_log2_1p(float e)
+/* log2(1 + 2^y), to 2e-6 of itself however small: e = 2^-|y| in [0, 1], log2(1 + e) / e by its Chebyshev polynomial. */
+__device__ __forceinline__ float kda_softplus2(float y)
 {
-    float series = e * (1.44269504f + e * (-0.72134752f + e * (0.48089835f - 0.36067376f * e)));
-    return e < 0.015625f ? series : kl_log2(1.0f + e);
+    float e = kl_exp2(-fabsf(y));
+    float p = fmaf(e, 0.02001665f, -0.0946268097f);
+    p = fmaf(e, p, 0.213943212f);
+    p = fmaf(e, p, -0.338377198f);
+    p = fmaf(e, p, 0.477496364f);
+    p = fmaf(e, p, -0.721144092f);
+    p = fmaf(e, p, 1.44269298f);
+    return fmaf(e, p, fmaxf(y, 0.0f));
 }
 
 /* x of one token and channel. */
@@ -37,10 +43,8 @@ template <int gate> __device__ __forceinline__ float kda_log2_decay(float g, con
 {
     if (gate == KDA_GATE_LOG)
         return s.rate * g;
-    if (gate == KDA_GATE_SOFTPLUS) {
-        float y = fmaf(kda_log2e, g, bias);
-        return s.rate * (y > 28.8539f ? y : kda_log2_1p(kl_exp2(y)));
-    }
+    if (gate == KDA_GATE_SOFTPLUS)
+        return s.rate * kda_softplus2(fmaf(kda_log2e, g, bias));
     return s.bound * kl_rcp(1.0f + kl_exp2(fmaf(s.rate, g, bias)));
 }
 

@@ -10,13 +10,19 @@
 /* Byte offset of the cell of channels 8 c .. 8 c + 7. */
 __device__ __forceinline__ int kda_cell(int token, int c) { return c * 512 + ((token ^ (c & 7)) << 4); }
 
-/* Four 8 x 8 matrices of tokens t..t+15 and channels 16 s..16 s + 15: an A fragment of the rows; {r0, r2} and {r1, r3} are
- * B fragments [channel x token] of tokens 0..7 and 8..15; transposed, {r0, r1} and {r2, r3} are [token x channel]. */
-__device__ __forceinline__ const unsigned char *kda_cells(const unsigned char *rows, int t, int s)
-{
-    int lane = kl_lane();
-    return rows + kda_cell(t + (lane & 15), 2 * s + (lane >> 4));
-}
+/* Fragments of tokens t..t+15 (t a multiple of 16) and channels 16 s.. from rows of cells: begin gives a lane's offset for
+ * s = 0, at moves it on. */
+struct kda_fragments {
+    int offset;
+    /* ldmatrix gives an A fragment of the rows; transposed, {r0, r1} and {r2, r3} are B fragments [token x channel]. */
+    static __device__ __forceinline__ kda_fragments rows(int t) { return {kda_cell(t + (kl_lane() & 15), kl_lane() >> 4)}; }
+    /* {r0, r1} and {r2, r3} are B fragments [channel x token] of the first and the last 8 tokens. */
+    static __device__ __forceinline__ kda_fragments columns(int t)
+    {
+        return {kda_cell(t + (kl_lane() & 7) + (kl_lane() >> 4 << 3), kl_lane() >> 3 & 1)};
+    }
+    __device__ __forceinline__ int at(int s) const { return (offset ^ (s & 3) << 5) + 1024 * s; }
+};
 
 /* A 16 x 16 block in C fragments: c[0..3] columns 0..7, c[4..7] columns 8..15. */
 __device__ __forceinline__ int kda_block_row(int e) { return (kl_lane() >> 2) + 8 * (e >> 1 & 1); }
@@ -27,14 +33,14 @@ template <int KP>
 __device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char *x, int t, const unsigned char *y, int u)
 {
     float part[4][4] = {};
+    kda_fragments rows = kda_fragments::rows(t), columns = kda_fragments::columns(u);
 #pragma unroll
     for (int s = 0; s < KP / 16; s++) {
         uint32_t a[4], r[4];
-        kl_ldmatrix4(a, kda_cells(x, t, s));
-        kl_ldmatrix4(r, kda_cells(y, u, s));
-        uint32_t left[2] = {r[0], r[2]}, right[2] = {r[1], r[3]};
-        kl_mma(part[2 * (s & 1)], a, left);
-        kl_mma(part[2 * (s & 1) + 1], a, right);
+        kl_ldmatrix4(a, x + rows.at(s));
+        kl_ldmatrix4(r, y + columns.at(s));
+        kl_mma(part[2 * (s & 1)], a, r);
+        kl_mma(part[2 * (s & 1) + 1], a, r + 2);
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -46,10 +52,11 @@ __device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char
 /* |x_(t+i)|^2 of 16 rows, in part: the lanes that hold the diagonal of the products. */
 template <int KP> __device__ __forceinline__ void kda_rows_squares(float top[4], float bottom[4], const unsigned char *x, int t)
 {
+    kda_fragments rows = kda_fragments::rows(t);
 #pragma unroll
     for (int s = 0; s < KP / 16; s++) {
         uint32_t a[4];
-        kl_ldmatrix4(a, kda_cells(x, t, s));
+        kl_ldmatrix4(a, x + rows.at(s));
         uint32_t left[2] = {a[0], a[2]}, right[2] = {a[1], a[3]};
         kl_mma(top, a, left);
         kl_mma(bottom, a, right);
@@ -63,7 +70,7 @@ __device__ __forceinline__ void kda_write_transposed(unsigned char *matrix, int 
     kda_write_block(matrix, b, f);
 }
 /* The same block read back as an A fragment [i x j]. */
-__device__ __forceinline__ void kda_read_rows(uint32_t a[4], const unsigned char *matrix, int b)
+__device__ __forceinline__ void kda_read_transposed(uint32_t a[4], const unsigned char *matrix, int b)
 {
     uint32_t f[4];
     kda_read_block(f, matrix, b);
@@ -191,11 +198,11 @@ template <int KP> __device__ __forceinline__ void kda_make_w(unsigned char *tile
     const unsigned char *Tb = tile + kda_tile<KP>::Tb;
     unsigned char *w = tile + kda_tile<KP>::w;
     uint32_t Tb00[4], Tb10[4], Tb11[4], r[4], r1[4];
-    kda_read_rows(Tb00, Tb, 0);
-    kda_read_rows(Tb10, Tb, 1);
-    kda_read_rows(Tb11, Tb, 2);
-    kl_ldmatrix4_trans(r, kda_cells(w, 0, s));
-    kl_ldmatrix4_trans(r1, kda_cells(w, 16, s));
+    kda_read_transposed(Tb00, Tb, 0);
+    kda_read_transposed(Tb10, Tb, 1);
+    kda_read_transposed(Tb11, Tb, 2);
+    kl_ldmatrix4_trans(r, w + kda_fragments::rows(0).at(s));
+    kl_ldmatrix4_trans(r1, w + kda_fragments::rows(16).at(s));
     __syncwarp();
     float w0[8] = {}, w1[8] = {};
 #pragma unroll

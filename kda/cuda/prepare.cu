@@ -7,52 +7,72 @@
 
 namespace {
 
-/* A tile of a head: where its tokens lie. */
-struct item {
+struct tile_span {
     int64_t token;
-    int tokens, hv;
+    int tokens;
 };
 
-__device__ __forceinline__ item item_of(const kda_sequences &sequences, int64_t number, int HV)
-{
-    int64_t tile = number / HV, n = kda_sequence_of_tile(sequences, tile);
-    kda_place place = kda_place_of(sequences, n);
-    int64_t first = (tile - place.tile) * sequences.tile;
-    return {place.begin + first, (int)min((int64_t)sequences.tile, place.length - first), (int)(number % HV)};
-}
+/* A walk over (tile, head) pairs, `gridDim.x` of them at a step, heads innermost. Tiles take 15 KB each, so int counts them. */
+struct walk {
+    int tile, hv, n, end; /* the tile is of sequence n, whose tiles end before `end` */
 
-/* Groups walk over the items, a block each, the next item's rows on their way while one is made. */
+    __device__ __forceinline__ void find(const kda_sequences &s)
+    {
+        n = (int)kda_sequence_of_tile(s, tile);
+        kda_place place = kda_place_of(s, n);
+        end = (int)(place.tile + place.tiles);
+    }
+    __device__ __forceinline__ walk(const kda_sequences &s, int HV) : tile((int)blockIdx.x / HV), hv((int)blockIdx.x % HV) { find(s); }
+    __device__ __forceinline__ bool next(const kda_sequences &s, int tiles, int HV)
+    {
+        hv += (int)gridDim.x;
+        if (hv >= HV) {
+            tile += hv / HV;
+            hv %= HV;
+        }
+        if (tile >= end && tile < tiles)
+            find(s);
+        return tile < tiles;
+    }
+    __device__ __forceinline__ tile_span span(const kda_sequences &s) const
+    {
+        kda_place place = kda_place_of(s, n);
+        int64_t first = (tile - place.tile) * s.tile;
+        return {place.begin + first, (int)min((int64_t)s.tile, place.length - first)};
+    }
+};
+
+/* Groups walk over the pairs, a block each, the next pair's rows on their way while one is made. */
 template <int KP>
 __global__ void __launch_bounds__(KDA_GROUP, KP > 128 ? 1 : 4)
-prepare_tiles(const __grid_constant__ kda_tile_source source, kda_sequences sequences, int64_t items, int HV, unsigned char *tiles)
+prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_constant__ kda_sequences sequences, int tile_count, int HV, unsigned char *tiles)
 {
     KL_SHARED(shared);
     unsigned char *tile = shared, *room = shared + kda_tile<KP>::bytes;
     int thread = (int)threadIdx.x;
-    int64_t number = blockIdx.x;
-    item now = item_of(sequences, number, HV);
-    kda_prepare_ahead ahead = kda_prepare_load<KP>(source, now.hv, now.token, now.tokens, room, thread);
-    kda_prepare_head<KP> head = kda_prepare_head_of<KP>(source, now.hv, thread);
-    while (number < items) {
-        int64_t follower = number + gridDim.x;
-        item next = now;
+    walk at(sequences, HV);
+    tile_span span = at.span(sequences);
+    kda_prepare_ahead ahead = kda_prepare_load<KP>(source, at.hv, span.token, span.tokens, room, thread);
+    kda_prepare_head<KP> head = kda_prepare_head_of<KP>(source, at.hv, thread);
+    for (bool more = true; more;) {
+        unsigned char *to = tiles + ((int64_t)at.tile * HV + at.hv) * kda_tile<KP>::bytes;
         kda_prepare_ahead next_ahead = ahead;
         kda_prepare_head<KP> next_head = head;
+        int tokens = span.tokens;
         if (thread == 0)
             kl_bulk_wait_read<0>();
-        kda_prepare_tile<KP>(source, head, ahead, now.tokens, room, tile, thread, 1, [&] {
-            if (follower >= items)
+        kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, 1, [&] {
+            more = at.next(sequences, tile_count, HV);
+            if (!more)
                 return;
-            next = item_of(sequences, follower, HV);
-            next_ahead = kda_prepare_load<KP>(source, next.hv, next.token, next.tokens, room, thread);
-            next_head = kda_prepare_head_of<KP>(source, next.hv, thread);
+            span = at.span(sequences);
+            next_ahead = kda_prepare_load<KP>(source, at.hv, span.token, span.tokens, room, thread);
+            next_head = kda_prepare_head_of<KP>(source, at.hv, thread);
         });
         if (thread == 0) {
-            kl_bulk_store(tiles + number * kda_tile<KP>::bytes, tile, kda_tile<KP>::bytes);
+            kl_bulk_store(to, tile, kda_tile<KP>::bytes);
             kl_bulk_commit();
         }
-        number = follower;
-        now = next;
         ahead = next_ahead;
         head = next_head;
     }
@@ -62,12 +82,12 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, kda_sequences sequ
 
 template <int KP> kl_status launch(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
 {
-    int64_t items = kda_tile_count(p) * p->HV, resident = (int64_t)kl_gpu_multiprocessors(ctx) * (KP > 128 ? 1 : 4);
+    int64_t count = kda_tile_count(p), resident = (int64_t)kl_gpu_multiprocessors(ctx) * (KP > 128 ? 1 : 4);
     kl_grid g;
-    g.x = items < resident ? items : resident;
+    g.x = count * p->HV < resident ? count * p->HV : resident;
     g.threads = KDA_GROUP;
     g.shared = kda_tile<KP>::bytes + kda_prepare_room<KP>::bytes;
-    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<KP>, kda_tile_source_of(p), kda_sequences_of(p, table), items, (int)p->HV,
+    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<KP>, kda_tile_source_of(p), kda_sequences_of(p, table), (int)count, (int)p->HV,
                      (unsigned char *)tiles);
 }
 

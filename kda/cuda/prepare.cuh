@@ -52,6 +52,8 @@ template <int KP> struct kda_prepare_room {
                          beta = norm + 256 /* float [32] */, vote = beta + 128 /* int [4] */, bytes = vote + 16;
 };
 
+__device__ __forceinline__ int kda_gate_index(const kda_tile_source &s, int c) { return s.G == s.K ? c : c / (s.K / s.G); }
+
 template <int KP>
 __device__ __forceinline__ kda_prepare_head<KP> kda_prepare_head_of(const kda_tile_source &s, int hv, int thread)
 {
@@ -60,11 +62,10 @@ __device__ __forceinline__ kda_prepare_head<KP> kda_prepare_head_of(const kda_ti
         head.A_log = s.A_log[hv];
     if (s.dt_bias) {
         const float *bias = s.dt_bias + (int64_t)hv * s.G;
-        int block = s.K / s.G;
 #pragma unroll
         for (int u = 0; u < kda_owner<KP>::units; u++) {
-            kda_owner<KP> own(thread, u);
-            head.dt_bias[u] = {own.c < s.K ? bias[own.c / block] : 0.0f, own.c + 1 < s.K ? bias[(own.c + 1) / block] : 0.0f};
+            int c = kda_owner<KP>(thread, u).c;
+            head.dt_bias[u] = {c < s.K ? bias[kda_gate_index(s, c)] : 0.0f, c + 1 < s.K ? bias[kda_gate_index(s, c + 1)] : 0.0f};
         }
     }
     return head;
@@ -76,7 +77,7 @@ __device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_sou
                                                               int thread)
 {
     using at = kda_prepare_room<KP>;
-    int64_t h = hv / s.share;
+    int64_t h = s.share == 1 ? hv : hv / s.share;
     const uint16_t *q = s.q + token * s.q_stride + h * s.K, *k = s.k + token * s.k_stride + h * s.K;
     const uint16_t *g = s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr;
     uint32_t rest = kda_gate_rest(s.gate);
@@ -250,6 +251,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     rows_are_free();
     kl_barrier(barrier, KDA_GROUP);
 
+#pragma unroll
     for (int n = 0; n < KP / 64; n++) {
         if (s.no_delta) {
             uint32_t zero[4] = {};
@@ -258,7 +260,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
         } else
             kda_make_w<KP>(tile, block_decay, warp * (KP / 64) + n);
     }
-    kl_fence_async();
+    kl_fence_async_shared();
     kl_barrier(barrier, KDA_GROUP);
 }
 

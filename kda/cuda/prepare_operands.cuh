@@ -16,15 +16,16 @@ enum { KDA_DEEP = 100 };
 /* A thread's share of unit u of a tile of KP channels: block and channels c, c + 1. */
 template <int KP> struct kda_owner {
     static constexpr int units = KP > 128 ? 2 : 1;
-    int block, c;
+    int block, c, offset;
     __device__ __forceinline__ kda_owner(int thread, int u)
     {
         block = thread >> 5 & 1;
         c = 64 * ((thread >> 6) + 2 * u) + 2 * (thread & 31);
+        offset = kda_cell(16 * block, c >> 3) + 2 * (c & 7);
     }
     __device__ __forceinline__ bool idle() const { return KP < 128 && c >= KP; }
     /* Byte offset of token i of the block. */
-    __device__ __forceinline__ int at(int i) const { return kda_cell(16 * block + i, c >> 3) + 2 * (c & 7); }
+    __device__ __forceinline__ int at(int i) const { return (offset ^ (i & 7) << 4) + 128 * (i >> 3); }
 };
 
 struct kda_pair {
@@ -78,26 +79,43 @@ template <int KP> struct kda_owner_slots {
     __device__ __forceinline__ int kg_at(int t, int e) const { return kg ^ 16 * (4 * e + t); }
 };
 
-/* a: decays; P: of the block and of the other one; norm: of k and of q, the block's 16 tokens. k and q are replaced by ke
- * (block 0 only) and qr, g by kd. */
+/* Eight tokens at a time are read before any is written, so that the reads overlap. */
+template <int KP> __device__ __forceinline__ void kda_read_rows(kda_pair x[8], const unsigned char *rows, const float *norm, int first, const kda_owner<KP> &own)
+{
+    uint32_t raw[8];
+    float4 n[2] = {*(const float4 *)(norm + first), *(const float4 *)(norm + first + 4)};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        raw[i] = *(const uint32_t *)(rows + own.at(first + i));
+    float scale[8] = {n[0].x, n[0].y, n[0].z, n[0].w, n[1].x, n[1].y, n[1].z, n[1].w};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] = scale[i] * kda_unpack(raw[i]);
+}
+
+/* a: decays; log2P, P of the block, other of the other block; norm: of k and of q, the block's 16 tokens. k and q are replaced by
+ * ke (block 0 only) and qr, g by kd. */
 template <int KP>
 __device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair log2P, kda_pair other, const float *k_norm, const float *q_norm,
                                                   unsigned char *k, unsigned char *q, unsigned char *g, unsigned char *tile, const kda_owner<KP> &own)
 {
     kda_owner_slots<KP> slots(own);
     unsigned char *kr = tile + kda_tile<KP>::w, *qg = tile + kda_tile<KP>::qg, *kg = tile + kda_tile<KP>::kg;
-    uint32_t raw[16];
-    kda_pair P = {1.0f, 1.0f};
+    kda_pair kn[16], qn[8], P = {1.0f, 1.0f};
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        int at = own.at(i);
-        raw[i] = *(const uint32_t *)(k + at);
-        P = P * a[i];
-        *(uint32_t *)(kr + at) = kda_packed(k_norm[i] * kda_unpack(raw[i]) * P);
-        kda_pair x = q_norm[i] * kda_unpack(*(const uint32_t *)(q + at)) * P;
-        uint32_t qr = kda_packed(x);
-        *(uint32_t *)(q + at) = qr;
-        *(uint32_t *)(qg + slots.qg_at(i)) = own.block ? kda_packed(x * other) : qr;
+    for (int first = 0; first < 16; first += 8) {
+        kda_read_rows(kn + first, k, k_norm, first, own);
+        kda_read_rows(qn, q, q_norm, first, own);
+#pragma unroll
+        for (int i = first; i < first + 8; i++) {
+            int at = own.at(i);
+            P = P * a[i];
+            kda_pair x = qn[i - first] * P;
+            uint32_t qr = kda_packed(x);
+            *(uint32_t *)(kr + at) = kda_packed(kn[i] * P);
+            *(uint32_t *)(q + at) = qr;
+            *(uint32_t *)(qg + slots.qg_at(i)) = own.block ? kda_packed(x * other) : qr;
+        }
     }
     kda_pair inverse = {kl_exp2(-log2P.x), kl_exp2(-log2P.y)}, ahead = own.block ? kda_pair{1.0f, 1.0f} : other, next = {0.0f, 0.0f};
     uint32_t words[2][4]; /* channel; kg of tokens 8.. in pairs */
@@ -105,7 +123,7 @@ __device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair
 #pragma unroll
     for (int i = 15; i >= 0; i--) {
         int at = own.at(i);
-        kda_pair ke = k_norm[i] * kda_unpack(raw[i]) * P, x = ke * ahead;
+        kda_pair ke = kn[i] * P, x = ke * ahead;
         P = P * a[i];
         *(uint32_t *)(g + at) = kda_packed(ke * inverse);
         if (!own.block)

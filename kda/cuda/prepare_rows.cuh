@@ -11,7 +11,14 @@ __device__ __forceinline__ void kda_load_wide(unsigned char *rows, const uint16_
 {
     constexpr int cells = KP / 8, step = 128 / cells;
     int c = thread % cells;
+    if (tokens == 32 && K == KP) {
+        const uint16_t *from = x + (thread / cells) * stride + 8 * c;
 #pragma unroll
+        for (int j = 0; j < 32 / step; j++, from += step * stride)
+            kl_copy16(rows + kda_cell(thread / cells + j * step, c), from);
+        return;
+    }
+#pragma unroll 1
     for (int j = 0; j < 32 / step; j++) {
         int token = thread / cells + j * step;
         unsigned char *cell = rows + kda_cell(token, c);
