@@ -38,7 +38,7 @@ CFLAGS  ?=
 override CFLAGS += -std=gnu11 -g $(OPT) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno $(WARN) -I.
 CXX     := g++
 CXXFLAGS := -std=c++17 -g $(subst -O3,-O2,$(OPT)) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno -DKL_EMULATE -Wall -Wextra -Wno-unknown-pragmas -I.
-NVFLAGS := -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -lineinfo -cudart static -I. -Xcompiler -fPIC,-Wall
+NVFLAGS := -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -lineinfo -Xptxas -v -cudart static -I. -Xcompiler -fPIC,-Wall
 LDLIBS   = $(DEP_LIBS) -fopenmp -lm
 ifeq ($(CUDA),1)
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
@@ -60,8 +60,13 @@ endif
 ifneq ($(CU_SRC),)
 override CFLAGS += -DKL_HAVE_CUDA
 endif
-OBJ     := $(C_SRC:%.c=$(BUILD)/obj/%.o) $(CU_SRC:%=$(BUILD)/obj/%.o)
+# SHARE=dir: what does not ask for KL_HAVE_CUDA is taken from that build
+SHARE   ?= $(BUILD)
+OWN_SRC := $(if $(filter-out $(SHARE),$(BUILD)),$(shell grep -l KL_HAVE_CUDA $(C_SRC)),$(C_SRC))
+OBJ     := $(OWN_SRC:%.c=$(BUILD)/obj/%.o) $(patsubst %.c,$(SHARE)/obj/%.o,$(filter-out $(OWN_SRC),$(C_SRC))) $(CU_SRC:%=$(BUILD)/obj/%.o)
 TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+# Those that ask for a device; they run on an emulated one too.
+DEVICE_TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(shell grep -l '"common/gpu.h"' tests/test_*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 PUBLIC  := $(filter-out %internal.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
 
@@ -97,10 +102,12 @@ $(BUILD)/obj/%.cc.o: %.cc
 	@$(if $(Q),echo "  c++   $<")
 	$(Q)$(CXX) $(CXXFLAGS) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
 else
+# What the compiler says of each kernel's registers and spills is kept beside the object, for tests/test_kernels.c.
 $(BUILD)/obj/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	@$(if $(Q),echo "  nvcc  $<")
-	$(Q)$(NVCC) $(NVFLAGS) -MMD -MF $(@:.o=.d) -c $< -o $@
+	$(Q)$(NVCC) $(NVFLAGS) -MMD -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.report) || { cat $(@:.o=.report); exit 1; }
+	@grep -v '^ptxas info\|bytes stack frame' $(@:.o=.report) || true
 endif
 
 # The build's own identity: rewritten only when it changes.
@@ -121,7 +128,7 @@ $(BUILD)/libkl.so: $(OBJ)
 	$(Q)$(CC) $(CFLAGS) -shared -Wl,-soname,libkl.so.0 -o $@ $^ $(LDLIBS)
 	@ln -sf libkl.so $(BUILD)/libkl.so.0
 
-$(BUILD)/kl: $(BUILD)/obj/harness/main.o $(BUILD)/libkl.a
+$(BUILD)/kl: $(SHARE)/obj/harness/main.o $(BUILD)/libkl.a
 	$(Q)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/kl.pc: Makefile
@@ -143,8 +150,13 @@ $(BUILD)/tests/%: tests/%.c $(BUILD)/libkl.a
 	@$(if $(Q),echo "  test  $<")
 	$(Q)$(CC) $(CFLAGS) $(DEP_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(BUILD)/libkl.a -lcmocka $(LDLIBS)
 
+EMULATED := $(if $(filter 1,$(SAN) $(EMULATE)),,$(BUILD)/emulated)
 test: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc $(TESTS)
-	@BUILD=$(BUILD) SAN=$(SAN) CC=$(CC) sh tests/run.sh $(TESTS)
+	$(Q)$(if $(EMULATED),$(MAKE) --no-print-directory EMULATE=1 SHARE=$(BUILD) BUILD=$(EMULATED) device_tests)
+	@BUILD=$(BUILD) SAN=$(SAN) CC=$(CC) sh tests/run.sh $(TESTS) $(if $(EMULATED),$(DEVICE_TESTS:$(BUILD)/%=$(EMULATED)/%))
+
+.PHONY: device_tests
+device_tests: $(DEVICE_TESTS)
 
 # Only what reads files is instrumented: the kernels would take minutes to compile and no input reaches them.
 FUZZ_SECONDS ?= 20
@@ -165,7 +177,7 @@ $(BUILD)/fuzz/%: tests/fuzz/%.c $(BUILD)/libkl.a
 	$(Q)$(CC) $(CFLAGS) $(DEP_CFLAGS) $(FUZZ_SAN) -fsanitize=fuzzer -o $@ $< $(BUILD)/libkl.a $(LDLIBS)
 
 # ---- installing ----
-PACKAGES := gcc make git pkg-config libcjson-dev libpcre2-dev libopenblas-dev libcmocka-dev gnuplot-nox
+PACKAGES := gcc g++ make git pkg-config libcjson-dev libpcre2-dev libopenblas-dev libcmocka-dev gnuplot-nox
 deps:
 	@missing=; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then echo "deps: nothing is missing"; exit 0; fi; \
