@@ -6,6 +6,15 @@
 #include "common/blas.h"
 #include "common/gpu.h"
 
+kl_status kl_gpu_check_capability(int index, int capability)
+{
+    enum { OLDEST = 90 };
+    if (capability >= OLDEST)
+        return kl_ok();
+    return kl_error(KL_EDEVICE, "device: expected compute capability %d.%d or newer, got %d.%d of cuda:%d; use --device cpu", OLDEST / 10,
+                    OLDEST % 10, capability / 10, capability % 10, index);
+}
+
 kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)
 {
     KL_REQUIRE(out, "ctx: expected a place for the context, got NULL");

@@ -1,8 +1,10 @@
 /* The scheduler behind common/emulate.h: fibers for the threads of one cluster at a time on each host thread. */
 #include "common/device.cuh"
+#include "common/gpu.h"
 
 #include <cstdarg>
 #include <memory>
+#include <mutex>
 #include <sys/mman.h>
 #include <vector>
 
@@ -300,6 +302,32 @@ static void run_cluster(machine &m, const kl_grid &g, int64_t first, unsigned y,
                 kl_emulated_fail("a write beyond the %zu bytes of shared memory asked for", g.shared);
 }
 
+/* ---- what was launched ---- */
+
+static std::mutex launched_lock;
+static std::vector<std::pair<const char *, size_t>> launched;
+
+static void remember(const char *name, size_t shared)
+{
+    std::lock_guard<std::mutex> held(launched_lock);
+    for (auto &l : launched)
+        if (!strcmp(l.first, name)) {
+            l.second = max(l.second, shared);
+            return;
+        }
+    launched.emplace_back(name, shared);
+}
+
+bool kl_gpu_launched(int i, const char **name, size_t *shared)
+{
+    std::lock_guard<std::mutex> held(launched_lock);
+    if (i < 0 || (size_t)i >= launched.size())
+        return false;
+    *name = launched[(size_t)i].first;
+    *shared = launched[(size_t)i].second;
+    return true;
+}
+
 kl_status kl_emulated_run(const char *name, const kl_grid &g, const std::function<void()> &body)
 {
     if (g.x <= 0 || g.y <= 0 || g.z <= 0)
@@ -310,6 +338,7 @@ kl_status kl_emulated_run(const char *name, const kl_grid &g, const std::functio
     if (g.threads < 1 || g.threads > 1024 || g.shared > 227 * 1024 || g.cluster < 1 || g.cluster > 16 || g.x % g.cluster)
         return kl_error(KL_EDEVICE, "%s: no device takes %d threads, %zu bytes of shared memory and clusters of %d in %lld blocks", name,
                         g.threads, g.shared, g.cluster, (long long)g.x);
+    remember(name, g.shared);
     int64_t clusters = g.x / g.cluster, all = clusters * g.y * g.z;
 #pragma omp parallel
     {

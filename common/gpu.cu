@@ -10,9 +10,6 @@
 #define KL_STRING_(x) #x
 #define KL_STRING(x) KL_STRING_(x)
 
-/* Kernels need bulk copies and clusters in places, so sm_90; the rest is written for sm_80 and later. */
-enum { OLDEST = 90 };
-
 struct kl_gpu_clock {
     cudaEvent_t start, stop;
 };
@@ -24,6 +21,8 @@ static cudaStream_t stream_of(const kl_ctx *ctx) { return (cudaStream_t)ctx->str
 
 bool kl_gpu_compiled(void) { return true; }
 bool kl_gpu_emulated(void) { return false; }
+bool kl_gpu_launched(int, const char **, size_t *) { return false; }
+void kl_gpu_emulate(int, size_t) {}
 
 int kl_gpu_count(void)
 {
@@ -56,10 +55,7 @@ kl_status kl_gpu_check(int index)
         return kl_error(KL_EDEVICE, "device: expected an index below %d, got cuda:%d", count, index);
     KL_TRY(kl_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device"));
     KL_TRY(kl_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device"));
-    if (10 * major + minor < OLDEST)
-        return kl_error(KL_EDEVICE, "device: expected compute capability %d.%d or newer, got %d.%d of cuda:%d; use --device cpu",
-                        OLDEST / 10, OLDEST % 10, major, minor, index);
-    return kl_ok();
+    return kl_gpu_check_capability(index, 10 * major + minor);
 }
 
 int kl_gpu_multiprocessors(const kl_ctx *ctx)

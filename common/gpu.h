@@ -23,6 +23,14 @@ void kl_gpu_describe(int index, char *text, size_t size); /* "NVIDIA H100 80GB H
 kl_status kl_gpu_check(int index);    /* KL_EDEVICE naming what is missing, or ok */
 int kl_gpu_multiprocessors(const kl_ctx *ctx);
 
+/* Launches that an emulated device has run, one entry a name with the most shared memory that any asked for; false beyond
+ * the last, and on a real device. */
+bool kl_gpu_launched(int i, const char **name, size_t *shared);
+/* What an emulated device shall pretend to be: compute capability (90: 9.0) and bytes of memory. */
+void kl_gpu_emulate(int capability, size_t memory);
+/* Kernels need bulk copies and clusters in places, so 9.0; the rest is written for 8.0 and later. */
+kl_status kl_gpu_check_capability(int index, int capability);
+
 /* The context's stream (and later its cuBLASLt handle); called by kl_ctx_create and kl_ctx_destroy. */
 kl_status kl_gpu_open(kl_ctx *ctx);
 void kl_gpu_close(kl_ctx *ctx);

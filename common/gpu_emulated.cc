@@ -1,6 +1,7 @@
 /* The device that common/emulate.h plays: host memory, everything done when it is asked for. For tests. */
 #include "common/gpu.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,17 @@
 #include <new>
 
 #include "common/timer.h"
+
+/* The device that is played, and what of its memory is taken. */
+static int capability = 90;
+static size_t memory = (size_t)4 << 30;
+static std::atomic<size_t> taken;
+
+void kl_gpu_emulate(int as_capability, size_t as_memory)
+{
+    capability = as_capability;
+    memory = as_memory;
+}
 
 struct kl_gpu_clock {
     double start;
@@ -24,24 +36,52 @@ void kl_gpu_describe(int, char *text, size_t size) { snprintf(text, size, "emula
 
 kl_status kl_gpu_check(int index)
 {
-    return index == 0 ? kl_ok() : kl_error(KL_EDEVICE, "device: expected an index below 1, got cuda:%d", index);
+    if (index != 0)
+        return kl_error(KL_EDEVICE, "device: expected an index below 1, got cuda:%d", index);
+    return kl_gpu_check_capability(index, capability);
 }
 
 int kl_gpu_multiprocessors(const kl_ctx *) { return 132; }
 kl_status kl_gpu_open(kl_ctx *) { return kl_ok(); }
 void kl_gpu_close(kl_ctx *) {}
 
-kl_status kl_gpu_alloc(const kl_ctx *, void **memory, size_t bytes)
+/* The size before every piece of memory, a guard behind it. */
+enum { BEFORE = 256, GUARD = 256 };
+
+kl_status kl_gpu_alloc(const kl_ctx *, void **out, size_t bytes)
 {
-    *memory = bytes > SIZE_MAX - 256 ? NULL : aligned_alloc(256, (bytes + 256) / 256 * 256);
-    return *memory ? kl_ok() : kl_error(KL_ENOMEM, "device memory: expected room for %zu bytes", bytes);
+    *out = NULL;
+    size_t room = (bytes / 256 + 1) * 256 + BEFORE + GUARD;
+    unsigned char *block = bytes > memory - taken ? NULL : (unsigned char *)aligned_alloc(256, room);
+    if (!block)
+        return kl_error(KL_ENOMEM, "device memory: expected room for %zu bytes, %zu of %zu are free", bytes, memory - taken, memory);
+    taken += bytes;
+    memcpy(block, &bytes, sizeof bytes);
+    memset(block + BEFORE + bytes, 0xa5, GUARD);
+    *out = block + BEFORE;
+    return kl_ok();
 }
 
-void kl_gpu_free(const kl_ctx *, void *memory) { free(memory); }
+void kl_gpu_free(const kl_ctx *, void *out)
+{
+    if (!out)
+        return;
+    unsigned char *block = (unsigned char *)out - BEFORE;
+    size_t bytes;
+    memcpy(&bytes, block, sizeof bytes);
+    for (int i = 0; i < GUARD; i++)
+        if (block[BEFORE + bytes + (size_t)i] != 0xa5) {
+            fprintf(stderr, "emulated device: a kernel wrote beyond a piece of memory of %zu bytes\n", bytes);
+            abort();
+        }
+    taken -= bytes;
+    free(block);
+}
 
 kl_status kl_gpu_memory(const kl_ctx *, size_t *free_bytes, size_t *total_bytes)
 {
-    *free_bytes = *total_bytes = (size_t)4 << 30;
+    *free_bytes = memory - taken;
+    *total_bytes = memory;
     return kl_ok();
 }
 
