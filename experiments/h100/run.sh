@@ -1,0 +1,68 @@
+#!/bin/sh
+# Everything that is claimed of KDA on a GPU: right on every case, clean under compute-sanitizer, and how fast. About two
+# minutes on one H100.
+# usage: experiments/h100/run.sh [KL [OUT]]   (from the repository root after make, or from a folder that pack.sh made)
+set -u
+kl=${1:-build/kl}
+out=${2:-results/h100}
+golden=tests/golden/kda
+mkdir -p "$out"
+failed=0
+
+# step NAME COMMAND...: a heading, the command, and what became of it
+step() {
+    echo "== $1"
+    shift
+    "$@" || failed=$((failed + 1))
+}
+
+# The last lines of a long listing, and every line that reports a failure.
+verify() {
+    "$kl" verify "$@" --device cuda >"$out/verify.txt" 2>&1
+    status=$?
+    grep -E '^FAIL|^kl:' "$out/verify.txt"
+    tail -n 1 "$out/verify.txt"
+    return $status
+}
+
+sanitize() {
+    tool=$1
+    shift
+    timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$kl" verify "$@" --device cuda >"$out/sanitizer.txt" 2>&1
+    status=$?
+    grep -E '^FAIL|^kl:|ERROR SUMMARY|RACECHECK SUMMARY' "$out/sanitizer.txt"
+    return $status
+}
+
+bench() {
+    name=$1
+    shift
+    "$kl" bench kda --device cuda --json "$out/$name.jsonl" "$@"
+}
+
+step "golden data" verify kda "$golden"
+step "random problems" verify kda --random --cases 168
+
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck synccheck initcheck; do
+        step "$tool: golden data of 65 tokens, of 130 by 128 channels, and random problems" sanitize $tool kda "$golden/05_bounded_T65_H2_HV4_K16_V16.safetensors"
+        step "$tool" sanitize $tool kda "$golden/06_kimi_T130_H1_HV1_K128_V128.safetensors"
+        step "$tool" sanitize $tool kda --random --cases 12 --seed 5
+    done
+else
+    echo "== compute-sanitizer is not here: its checks are left out"
+fi
+
+for gate in slow mixed strong; do
+    for list in ten heads32 heads96; do
+        step "forward, $list, $gate" bench "kda_${list}_$gate" --shapes $list --gate $gate --variant chunk
+    done
+done
+step "training" bench kda_train --shapes train --variant chunk
+step "decoding" bench kda_decode --shapes decode
+step "KDA, general DPLR, Gated DeltaNet" bench kda_fig2 --shapes fig2 --variant chunk
+step "granularity of the gate" bench kda_gates --shapes gates --variant chunk
+
+rm -f "$out/verify.txt" "$out/sanitizer.txt"
+echo "== $failed steps failed"
+[ "$failed" -eq 0 ]
