@@ -68,7 +68,7 @@ TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 # Those that ask for a device; they run on an emulated one too.
 DEVICE_TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(shell grep -l '"common/gpu.h"' tests/test_*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
-PUBLIC  := $(filter-out %internal.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
+PUBLIC  := $(filter-out %internal.h common/emulate.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
 
 .PHONY: all help report deps demo test fuzz install clean checklibs
 all: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc report
