@@ -7,7 +7,13 @@
 
 #include <cmocka.h>
 
+#include <cjson/cJSON.h>
+#include <math.h>
+#include <stdlib.h>
+
 #include "common/gpu.h"
+#include "harness/bench.h"
+#include "harness/device_inputs.h"
 #include "harness/reference_variants.h"
 #include "tests/expect.h"
 
@@ -141,12 +147,126 @@ static void rounding_forgets_what_was_wanted(void **state)
     kl_case_free(&c);
 }
 
+/* ---- inputs made on the device, and the bench that uses them ---- */
+
+enum { TOKENS = 200, HEADS = 3, DIM = 16, GATES = TOKENS * HEADS * DIM };
+
+/* `count` heads of a tensor, on the host. */
+static float *slice(const void *tensor, int64_t rows, int64_t width, int64_t head)
+{
+    float *host = malloc((size_t)(rows * width) * sizeof *host);
+    void *there;
+    assert_ok(kl_gpu_alloc(ctx, &there, (size_t)(rows * width) * sizeof *host));
+    assert_ok(kl_device_slice(ctx, there, &(kl_slice){.tensor = tensor, .dtype = KL_BF16, .rows = rows, .pitch = HEADS * width, .width = width, .count = 1, .head = {head}}));
+    assert_ok(kl_gpu_copy(ctx, host, there, (size_t)(rows * width) * sizeof *host));
+    kl_gpu_free(ctx, there);
+    return host;
+}
+
+static double dot(const float *a, const float *b)
+{
+    double sum = 0.0;
+    for (int i = 0; i < DIM; i++)
+        sum += (double)a[i] * b[i];
+    return sum;
+}
+
+static void inputs_are_of_the_regime_asked_for(void **state)
+{
+    (void)state;
+    if (!ctx)
+        skip();
+    uint16_t *q, *k, *v, *g, *beta;
+    void **all[] = {(void **)&q, (void **)&k, (void **)&v, (void **)&g, (void **)&beta};
+    for (int i = 0; i < 5; i++)
+        assert_ok(kl_gpu_alloc(ctx, all[i], GATES * sizeof(uint16_t)));
+    kda_problem p = {.B = 1, .T = TOKENS, .N = 1, .H = HEADS, .HV = HEADS, .K = DIM, .V = DIM, .G = DIM, .dtype = KL_BF16, .q = q, .k = k, .v = v, .g = g, .beta = beta};
+    for (kl_regime r = KL_REGIME_STRONG; r <= KL_REGIME_MIXED; r++) {
+        assert_ok(kl_device_inputs(ctx, &p, NULL, r, 7));
+        float *keys = slice(k, TOKENS, DIM, 1), *decay = slice(g, TOKENS, DIM, 2), *b = slice(beta, TOKENS, 1, 0);
+        double cosine = 0.0, deepest = 0.0;
+        for (int t = 0; t < TOKENS; t++) {
+            assert_true(fabs(dot(keys + t * DIM, keys + t * DIM) - 1.0) < 0.02);
+            cosine += t ? dot(keys + t * DIM, keys + (t - 1) * DIM) / (TOKENS - 1) : 0.0;
+            for (int j = 0; j < DIM; j++) {
+                bool slow = r == KL_REGIME_SLOW || (r == KL_REGIME_MIXED && 3 * j < DIM);
+                assert_true(decay[t * DIM + j] < 0.0f && decay[t * DIM + j] >= (slow ? -0.0101f : -5.0f));
+                deepest = fmin(deepest, decay[t * DIM + j]);
+            }
+            assert_true(b[t] > 0.0f && b[t] < 1.0f && (r != KL_REGIME_SLOW || b[t] > 0.92f));
+        }
+        assert_true(r == KL_REGIME_SLOW ? fabs(cosine - 0.8) < 0.1 : fabs(cosine) < 0.1);
+        assert_true(r == KL_REGIME_SLOW || deepest < -4.0);
+        free(keys);
+        free(decay);
+        free(b);
+    }
+    for (int i = 0; i < 5; i++)
+        kl_gpu_free(ctx, *all[i]);
+}
+
+static void a_row_of_the_bench_is_whole(void **state)
+{
+    (void)state;
+    if (!ctx)
+        skip();
+    kl_bench b = {.ctx = ctx, .quiet = true, .runs = 1, .regime = KL_REGIME_MIXED, .pass = {[KL_BENCH_FWD] = true}};
+    kl_shape list[KL_SHAPES];
+    int count, rows = 0;
+    assert_ok(kl_ceilings_measure(ctx, &b.ceilings));
+    assert_ok(kl_shapes_parse("kda", "T=21,H=6,K=16,N=2,dplr=1;raw=1,dplr=0", &(kl_shape){0}, list, &count));
+    assert_ok(kl_bench_family(&b, KL_FAMILY_KDA, list, count));
+    assert_false(b.wrong);
+    char *text = calloc(1, b.lines.size + 1);
+    assert_non_null(text);
+    memcpy(text, b.lines.text, b.lines.size);
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), rows++) {
+        static const char *const wanted[] = {"family", "pass", "variant", "gate", "T", "N", "lengths", "call_us", "pipelined_us", "host_us", "sets", "min_us", "max_us", "runs", "bytes",
+                                             "flops", "ceiling", "copy_gbps", "err", "err_limit", "err_worst_part", "err_heads", "workspace_bytes", "peak_bytes", "device", "commit", "command"};
+        cJSON *row = cJSON_Parse(line);
+        for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+            if (!cJSON_HasObjectItem(row, wanted[i]))
+                fail_msg("a row has no '%s': %s", wanted[i], line);
+        assert_int_equal(cJSON_GetArraySize(cJSON_GetObjectItem(row, "lengths")), 2);
+        assert_int_equal(cJSON_GetArraySize(cJSON_GetObjectItem(row, "err_heads")), 4);
+        cJSON_Delete(row);
+    }
+    assert_true(rows >= 3);
+    free(text);
+    kl_lines_free(&b.lines);
+}
+
+/* All lists parse, and each has a pass. */
+static void the_lists_of_shapes_are_sound(void **state)
+{
+    (void)state;
+    int lists, count;
+    const kl_shape_list *list = kl_shape_lists(&lists);
+    for (int i = 0; i < lists; i++) {
+        kl_shape shape[KL_SHAPES];
+        bool any = false;
+        assert_ok(kl_shapes_parse("kda", list[i].shapes, &(kl_shape){.K = 128}, shape, &count));
+        for (int p = 0; p < KL_BENCH_PASSES; p++)
+            any |= list[i].pass[p];
+        assert_true(any && count > 0);
+        for (int n = 0; n < count; n++) {
+            int64_t tokens = 0;
+            for (int64_t j = 0; j < shape[n].length_count; j++)
+                tokens += shape[n].lengths[j];
+            assert_true(!shape[n].length_count || tokens == shape[n].T || shape[n].T == 8192);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(rounding_forgets_what_was_wanted),
         cmocka_unit_test(every_placement_gives_the_same_numbers),
         cmocka_unit_test(what_a_variant_must_not_touch_is_watched),
+        cmocka_unit_test(inputs_are_of_the_regime_asked_for),
+        cmocka_unit_test(a_row_of_the_bench_is_whole),
+        cmocka_unit_test(the_lists_of_shapes_are_sound),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }
