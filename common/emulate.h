@@ -71,6 +71,7 @@ void kl_emulated_block_barrier(int id, int threads, bool wait);
 void kl_emulated_cluster_barrier();
 unsigned char *kl_emulated_peer(const void *shared, int rank); /* the same place in another block of the cluster */
 [[noreturn]] void kl_emulated_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+extern bool kl_emulated_runs; /* false: launches are checked, not run */
 kl_status kl_emulated_run(const char *name, const kl_grid &g, const std::function<void()> &body);
 
 static inline kl_status kl_cuda(int error, const char *what)

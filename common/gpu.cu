@@ -22,7 +22,7 @@ static cudaStream_t stream_of(const kl_ctx *ctx) { return (cudaStream_t)ctx->str
 bool kl_gpu_compiled(void) { return true; }
 bool kl_gpu_emulated(void) { return false; }
 bool kl_gpu_launched(int, const char **, size_t *) { return false; }
-void kl_gpu_emulate(int, size_t) {}
+void kl_gpu_emulate(int, size_t, bool) {}
 
 int kl_gpu_count(void)
 {

@@ -26,8 +26,9 @@ int kl_gpu_multiprocessors(const kl_ctx *ctx);
 /* Launches that an emulated device has run, one entry a name with the most shared memory that any asked for; false beyond
  * the last, and on a real device. */
 bool kl_gpu_launched(int i, const char **name, size_t *shared);
-/* What an emulated device shall pretend to be: compute capability (90: 9.0) and bytes of memory. */
-void kl_gpu_emulate(int capability, size_t memory);
+/* What an emulated device shall pretend to be: compute capability (90: 9.0), bytes of memory, and whether it runs what is
+ * launched or only checks that it could. */
+void kl_gpu_emulate(int capability, size_t memory, bool runs);
 /* Kernels need bulk copies and clusters in places, so 9.0; the rest is written for 8.0 and later. */
 kl_status kl_gpu_check_capability(int index, int capability);
 

@@ -5,7 +5,7 @@
 bool kl_gpu_compiled(void) { return false; }
 bool kl_gpu_emulated(void) { return false; }
 bool kl_gpu_launched(int i, const char **name, size_t *shared) { return (void)i, *name = NULL, *shared = 0, false; }
-void kl_gpu_emulate(int capability, size_t memory) { (void)capability, (void)memory; }
+void kl_gpu_emulate(int capability, size_t memory, bool runs) { (void)capability, (void)memory, (void)runs; }
 int kl_gpu_count(void) { return 0; }
 const char *kl_gpu_toolkit(void) { return "none"; }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 
+#include "common/device.cuh"
 #include "common/timer.h"
 
 /* The device that is played, and what of its memory is taken. */
@@ -15,10 +16,11 @@ static int capability = 90;
 static size_t memory = (size_t)4 << 30;
 static std::atomic<size_t> taken;
 
-void kl_gpu_emulate(int as_capability, size_t as_memory)
+void kl_gpu_emulate(int as_capability, size_t as_memory, bool runs)
 {
     capability = as_capability;
     memory = as_memory;
+    kl_emulated_runs = runs;
 }
 
 struct kl_gpu_clock {

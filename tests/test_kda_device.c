@@ -155,6 +155,7 @@ static void without_an_initial_state(void **state)
     check((kl_kda_spec){.T = 40, .H = 1, .K = 64, .regime = KL_REGIME_MIXED, .backward = true});
 }
 
+/* More than fit into two dimensions of a grid. An emulated device checks the launches; a real one computes. */
 static void more_than_65535_sequences_and_chunks(void **state)
 {
     NEEDS_DEVICE();
@@ -168,10 +169,12 @@ static void more_than_65535_sequences_and_chunks(void **state)
     build(&c, (kl_kda_spec){.H = 1, .K = 1, .lengths = lengths, .sequences = N, .regime = KL_REGIME_STRONG, .state = true}, &bf16);
     assert_ok(kl_case_run(ctx, &c, &kl_reference_kda, KL_FORWARD, &scratch));
     assert_ok(kl_case_keep(&c, KL_FORWARD));
+    kl_gpu_emulate(90, (size_t)4 << 30, false);
     for (const kl_variant *v; (v = next_offered(&c, KL_FORWARD, &i));) {
         assert_ok(kl_case_run(ctx, &c, v, KL_FORWARD, &scratch));
-        assert_true(kl_within(kl_case_worst(&c, KL_FORWARD, NULL), c.tolerance.forward));
+        assert_true(kl_gpu_emulated() || kl_within(kl_case_worst(&c, KL_FORWARD, NULL), c.tolerance.forward));
     }
+    kl_gpu_emulate(90, (size_t)4 << 30, true);
     kl_case_free(&c);
     free(lengths);
 }

@@ -252,10 +252,10 @@ static void a_device_that_is_too_old_is_named_and_the_cpu_offered(void **state)
     expect_error(kl_ctx_create(&old, &(kl_ctx_options){.device = KL_CUDA, .device_index = 999}), KL_EDEVICE, "cuda:999");
     if (!kl_gpu_emulated())
         return;
-    kl_gpu_emulate(80, (size_t)4 << 30);
+    kl_gpu_emulate(80, (size_t)4 << 30, true);
     expect_error(kl_ctx_create(&old, &(kl_ctx_options){.device = KL_CUDA}), KL_EDEVICE, "use --device cpu");
     assert_null(old);
-    kl_gpu_emulate(90, (size_t)4 << 30);
+    kl_gpu_emulate(90, (size_t)4 << 30, true);
 }
 
 static void a_full_device_says_so_and_keeps_nothing(void **state)
@@ -266,20 +266,20 @@ static void a_full_device_says_so_and_keeps_nothing(void **state)
     kl_case c;
     size_t before, after, total;
     assert_ok(kl_case_kda(&c, &(kl_kda_spec){.T = 64, .H = 1, .K = 64, .state = true, .seed = 1}));
-    kl_gpu_emulate(90, (size_t)1 << 20);
+    kl_gpu_emulate(90, (size_t)1 << 20, true);
     assert_ok(kl_gpu_memory(ctx, &before, &total));
     for (size_t memory = total - before; memory < total; memory += 8192) {
-        kl_gpu_emulate(90, memory);
+        kl_gpu_emulate(90, memory, true);
         kl_status s = kl_case_upload(ctx, &c);
         if (!kl_failed(s))
             break;
         expect_error(s, KL_ENOMEM, "device memory: expected room for");
-        kl_gpu_emulate(90, total);
+        kl_gpu_emulate(90, total, true);
         assert_ok(kl_gpu_memory(ctx, &after, &total));
         assert_int_equal(after, before);
     }
     kl_case_free(&c);
-    kl_gpu_emulate(90, (size_t)4 << 30);
+    kl_gpu_emulate(90, (size_t)4 << 30, true);
     assert_ok(kl_gpu_memory(ctx, &after, &total));
     assert_int_equal(total - after, ((size_t)1 << 20) - before);
 }
