@@ -68,17 +68,6 @@ static void recurrent_every_option(void **state)
     }
 }
 
-static void recurrent_of_many_sequences(void **state)
-{
-    (void)state;
-    only_emulated();
-    enum { N = 66000 };
-    static int64_t lengths[N];
-    for (int i = 0; i < N; i++)
-        lengths[i] = i % 3;
-    check_recurrent((case_options){.B = N, .lengths = lengths, .H = 1, .K = 3, .V = 2, .G = 3, .gate = KDA_GATE_SOFTPLUS, .seed = 1});
-}
-
 static void recurrent_split_anywhere_has_the_same_bits(void **state)
 {
     (void)state;
@@ -200,7 +189,6 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(recurrent_every_length_and_dimension),
         cmocka_unit_test(recurrent_every_option),
-        cmocka_unit_test(recurrent_of_many_sequences),
         cmocka_unit_test(recurrent_split_anywhere_has_the_same_bits),
         cmocka_unit_test(recurrent_leaves_out_slots_beyond_the_pool),
         cmocka_unit_test(recurrent_in_bf16),
