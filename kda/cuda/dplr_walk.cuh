@@ -116,17 +116,23 @@ template <int KP> __device__ __forceinline__ void walk_state(const dplr_view &p,
         float R[2][4][4] = {};
         load_v(v, stage + L::v, group);
         multiply_triangle(R[0], v, stage + tile::M);
+        constexpr int run = KP / 16 < 8 ? KP / 16 : 8; /* packed and stored ahead of the loads, which may not pass stores */
 #pragma unroll
-        for (int k = 0; k < KP / 16; k++) {
-            uint32_t a[4], f[4];
-            pack(a, S[2 * k], S[2 * k + 1]);
-            *(uint4 *)(hand + k * KDA_BLOCK_BYTES + 16 * lane) = make_uint4(a[0], a[1], a[2], a[3]);
+        for (int first = 0; first < KP / 16; first += run) {
+            uint32_t a[run][4], f[4];
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                kda_read_block(f, stage + tile::W, 2 * k + n);
-                kl_mma(R[k & 1][2 * n], a, f);
-                kl_mma(R[k & 1][2 * n + 1], a, f + 2);
+            for (int k = 0; k < run; k++) {
+                pack(a[k], S[2 * (first + k)], S[2 * (first + k) + 1]);
+                *(uint4 *)(hand + (first + k) * KDA_BLOCK_BYTES + 16 * lane) = make_uint4(a[k][0], a[k][1], a[k][2], a[k][3]);
             }
+#pragma unroll
+            for (int k = 0; k < run; k++)
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    kda_read_block(f, stage + tile::W, 2 * (first + k) + n);
+                    kl_mma(R[k & 1][2 * n], a[k], f);
+                    kl_mma(R[k & 1][2 * n + 1], a[k], f + 2);
+                }
         }
 
         /* S <- Diag(decay) S + kg^T v + bg^T u */
