@@ -12,7 +12,8 @@ static const kl_shape_list lists[] = {
     {"heads96", "T=8192,H=64;T=8192,H=96;lengths=1300+547+2048+963+271+3063;T=8192,N=8", "many heads, one sequence and several", {[KL_BENCH_FWD] = true}},
     {"train", "T=8192,H=32,raw=1", "forward and backward with gate, norms and sigmoid inside", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true, [KL_BENCH_FWDBWD] = true}},
     {"decode", "T=1,H=32,B=8;B=32;B=64;B=128;B=256", "one token for each of B sequences", {[KL_BENCH_DECODE] = true}},
-    {"fig2", "T=2048,H=16,dplr=1;T=8192;T=32768;T=65536;T=2048,G=1,dplr=0;T=8192;T=32768;T=65536", "KDA, general DPLR, Gated DeltaNet", {[KL_BENCH_FWD] = true}},
+    {"fig2", "T=2048,H=16,dplr=1;T=4096;T=8192;T=16384;T=32768;T=65536;T=2048,G=8,dplr=0;T=4096;T=8192;T=16384;T=32768;T=65536;"
+     "T=2048,G=1;T=4096;T=8192;T=16384;T=32768;T=65536", "KDA and general DPLR, gates a block of 16, gates a head", {[KL_BENCH_FWD] = true}},
     {"gates", "T=8192,H=32;G=32;G=8;G=1;G=0", "gates a channel, a block, a head, and none", {[KL_BENCH_FWD] = true}},
 };
 
