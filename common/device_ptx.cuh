@@ -294,6 +294,11 @@ __device__ __forceinline__ void kl_copy4(void *shared, const void *global, bool 
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(kl_shared_address(shared)), "l"(global), "r"(valid ? 4 : 0) : "memory");
 }
+/* Arrives at bar when the copies that this thread has issued so far are done; commits nothing. */
+__device__ __forceinline__ void kl_copy_arrive(uint64_t *bar)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(kl_shared_address(bar)) : "memory");
+}
 __device__ __forceinline__ void kl_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int left> __device__ __forceinline__ void kl_copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory"); }
 

@@ -424,6 +424,7 @@ static inline void kl_copy4(void *shared, const void *global, bool valid = true)
     else
         memset(shared, 0, 4);
 }
+static inline void kl_copy_arrive(uint64_t *bar) { kl_emulated_arrive((kl_mbar *)bar, 0); }
 static inline void kl_copy_commit() {}
 template <int left> static inline void kl_copy_wait() {}
 
