@@ -14,7 +14,7 @@ template <int KP> __global__ void __launch_bounds__(KP + 32) prepare(const __gri
     using S = intra_shared<KP>;
     using tile = dplr_tile<KP>;
     KL_SHARED(shared);
-    int64_t number = blockIdx.x / p.H, h = blockIdx.x % p.H;
+    int64_t number = blockIdx.x / (unsigned)p.H, h = blockIdx.x % (unsigned)p.H;
     int64_t n = kda_sequence_of_tile(p.sequences, number);
     kda_place place = kda_place_of(p.sequences, n);
     int64_t token = 32 * (number - place.tile), first = ((place.begin + token) * p.H + h) * p.K;
@@ -28,7 +28,7 @@ template <int KP> __global__ void __launch_bounds__(KP + 32) prepare(const __gri
     load_rows<KP>(p, first, count, shared);
     __syncthreads();
     decays<KP>(p, shared);
-    kl_fence_async();
+    kl_fence_async_shared();
     __syncthreads();
     if (sender) {
         kl_bulk_store(to + tile::qg, shared + S::out, 3 * S::rows);
@@ -45,7 +45,7 @@ template <int KP> __global__ void __launch_bounds__(KP + 32) prepare(const __gri
         __syncthreads();
     }
     solve<KP>(shared);
-    kl_fence_async();
+    kl_fence_async_shared();
     __syncthreads();
     if (sender) {
         kl_bulk_store(to + tile::W, shared + S::k, S::rows);
@@ -63,22 +63,19 @@ template <int KP> __global__ void __launch_bounds__(WALK_THREADS) walk(const __g
     uint64_t *full = (uint64_t *)(shared + L::barriers), *empty = full + L::stages;
     int warp = (int)threadIdx.x >> 5;
     walker w;
-    w.rank = (int)(blockIdx.x % ranks);
+    w.rank = (int)(blockIdx.x % (unsigned)ranks);
     w.ranks = ranks;
-    w.head = blockIdx.x / ranks;
+    w.head = blockIdx.x / (unsigned)ranks;
     w.h = w.head % p.H;
     w.v0 = COLUMNS * w.rank;
     w.columns = min(max(p.V - w.v0, 0), (int)COLUMNS);
-    for (int i = (int)threadIdx.x; i < L::stages * 32 * COLUMNS / 8; i += WALK_THREADS)
-        *(uint4 *)(shared + i / (4 * COLUMNS) * L::stage + L::v + 16 * (i % (4 * COLUMNS))) = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {
         for (int s = 0; s < L::stages; s++) {
-            kl_mbar_init(full + s, 1);
+            kl_mbar_init(full + s, 33);
             kl_mbar_init(empty + s, 2 * GROUPS * ranks);
         }
         kl_mbar_init_fence();
     }
-    kl_fence_async();
     __syncthreads();
     kl_cluster_sync();
     kl_grid_wait();

@@ -38,26 +38,41 @@ template <int KP> __device__ __forceinline__ uint32_t *pair_at(unsigned char *ro
     return (uint32_t *)(rows + piece_at<KP>(row, channel >> 3) + 2 * (channel & 7));
 }
 
-/* Rows of the tile to shared memory; zeros beyond K and beyond the sequence. */
+/* Rows of one tensor that are not whole 16-byte pieces; zeros beyond K and beyond the sequence. */
+template <int KP> __device__ __forceinline__ void load_elements(const dplr_view &p, const uint16_t *from, int64_t first, int count, unsigned char *rows)
+{
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < 32 * KP; i += (int)blockDim.x) {
+        int row = i / KP, channel = i % KP;
+        bool valid = row < count && channel < p.K;
+        ((uint16_t *)(rows + piece_at<KP>(row, channel >> 3)))[channel & 7] = valid ? from[first + row * p.H * p.K + channel] : (uint16_t)0;
+    }
+}
+
+/* Rows of the tile to shared memory. A thread takes one piece of every eighth row. */
 template <int KP> __device__ __forceinline__ void load_rows(const dplr_view &p, int64_t first, int count, unsigned char *shared)
 {
     using S = intra_shared<KP>;
+    int row0 = (int)threadIdx.x / (KP / 8), piece = (int)threadIdx.x % (KP / 8);
     const uint16_t *from[5] = {p.q, p.k, p.a, p.b, p.g};
-    int threads = (int)blockDim.x;
-    for (int m = 0; m < 5; m++) {
-        unsigned char *to = shared + m * S::rows;
-        for (int i = (int)threadIdx.x; i < 32 * KP / 8; i += threads) {
-            int row = i / (KP / 8), piece = i % (KP / 8);
-            const uint16_t *x = from[m] + first + (row < count ? row : 0) * p.H * p.K;
-            bool valid = row < count && 8 * piece < p.K;
-            if (p.keys_by_16) {
-                kl_copy16(to + piece_at<KP>(row, piece), x + (valid ? 8 * piece : 0), valid);
-                continue;
-            }
-            uint16_t *eight = (uint16_t *)(to + piece_at<KP>(row, piece));
-            for (int c = 0; c < 8; c++)
-                eight[c] = row < count && 8 * piece + c < p.K ? x[8 * piece + c] : (uint16_t)0;
-        }
+    int64_t stride = p.H * p.K, at = first + row0 * stride + 8 * piece;
+    if (!p.keys_by_16) {
+        load_elements<KP>(p, p.q, first, count, shared + S::q);
+        load_elements<KP>(p, p.k, first, count, shared + S::k);
+        load_elements<KP>(p, p.a, first, count, shared + S::a);
+        load_elements<KP>(p, p.b, first, count, shared + S::b);
+        load_elements<KP>(p, p.g, first, count, shared + S::g);
+        return;
+    }
+    if ((int)threadIdx.x >= KP)
+        return;
+#pragma unroll
+    for (int x = 0; x < 4; x++, at += 8 * stride) {
+        bool valid = row0 + 8 * x < count && 8 * piece < p.K;
+        unsigned char *to = shared + piece_at<KP>(row0 + 8 * x, piece);
+#pragma unroll
+        for (int m = 0; m < 5; m++)
+            kl_copy16(to + m * S::rows, from[m] + (valid ? at : first), valid);
     }
     kl_copy_commit();
     kl_copy_wait<0>();

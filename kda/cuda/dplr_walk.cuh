@@ -40,12 +40,15 @@ __device__ __forceinline__ void leave_stage(uint64_t *empty, int ranks)
         kl_mbar_arrive_at(empty, kl_lane());
 }
 
+/* Byte offset of a 16-byte piece of a token's 32 columns of v. */
+__device__ __forceinline__ int value_at(int token, int piece) { return token * COLUMNS * 2 + 16 * (piece ^ (token >> 1 & 3)); }
+
 /* v^T of 16 columns as A operand, tokens 0..15 and 16..31. */
 __device__ __forceinline__ void load_v(uint32_t v[2][4], const unsigned char *rows, int group)
 {
     int lane = kl_lane();
     for (int half = 0; half < 2; half++)
-        kl_ldmatrix4_trans(v[half], rows + (16 * half + (lane & 7) + 8 * (lane >> 4)) * COLUMNS * 2 + 32 * group + 16 * (lane >> 3 & 1));
+        kl_ldmatrix4_trans(v[half], rows + value_at(16 * half + (lane & 7) + 8 * (lane >> 4), 2 * group + (lane >> 3 & 1)));
 }
 
 /* c [16 x 32] += x^T [16 x 32] triangle^T */
@@ -235,23 +238,27 @@ template <int KP> __device__ __forceinline__ void walk_output(const dplr_view &p
     }
 }
 
-/* The rows of v of one tile, this block's columns; what stays unwritten in a stage is zero or an earlier tile's. Counts the
- * bytes of the tile and its own. */
-__device__ __forceinline__ void load_values(const dplr_view &p, const walker &w, int64_t token, int count, int tile_bytes, unsigned char *rows,
-                                            uint64_t *full)
+/* The rows of v of one tile, this block's columns, zeros around them; every lane arrives at full. */
+__device__ __forceinline__ void load_values(const dplr_view &p, const walker &w, int64_t token, int count, unsigned char *rows, uint64_t *full)
 {
     int lane = kl_lane();
-    const uint16_t *from = p.v + ((token + lane) * p.H + w.h) * p.V + w.v0;
-    bool bulk = p.values_by_16 && w.columns > 0;
-    if (!bulk && lane < count)
-        for (int c = 0; c < w.columns; c++)
-            ((uint16_t *)rows)[COLUMNS * lane + c] = from[c];
-    __syncwarp();
-    if (lane == 0)
-        kl_mbar_expect(full, tile_bytes + (bulk ? count * w.columns * 2 : 0));
-    __syncwarp();
-    if (bulk && lane < count)
-        kl_bulk_load(rows + COLUMNS * 2 * lane, from, w.columns * 2, full);
+    const uint16_t *from = p.v + (token * p.H + w.h) * p.V + w.v0;
+    for (int i = lane; i < 32 * COLUMNS / 8; i += 32) {
+        int row = i / (COLUMNS / 8), piece = i % (COLUMNS / 8);
+        int64_t at = row * p.H * p.V + 8 * piece;
+        bool valid = row < count && 8 * piece < w.columns;
+        if (p.values_by_16) {
+            kl_copy16(rows + value_at(row, piece), valid ? from + at : p.v, valid);
+            continue;
+        }
+        uint16_t *eight = (uint16_t *)(rows + value_at(row, piece));
+        for (int c = 0; c < 8; c++)
+            eight[c] = valid && 8 * piece + c < w.columns ? from[at + c] : (uint16_t)0;
+    }
+    if (p.values_by_16)
+        kl_copy_arrive(full);
+    else
+        kl_mbar_arrive(full);
 }
 
 template <int KP> __device__ __forceinline__ void load_tiles(const dplr_view &p, const walker &w, unsigned char *shared)
@@ -266,16 +273,17 @@ template <int KP> __device__ __forceinline__ void load_tiles(const dplr_view &p,
         unsigned char *stage = shared + s * L::stage;
         if (i >= L::stages)
             kl_mbar_wait(empty + s, (int)((i / L::stages - 1) & 1));
-        int64_t left = w.place.length - 32 * i;
-        load_values(p, w, w.place.begin + 32 * i, left < 32 ? (int)left : 32, tile::bytes, stage + L::v, full + s);
         if (kl_lane() == 0) {
             const unsigned char *from = p.tiles + ((w.place.tile + i) * p.H + w.h) * tile::bytes;
+            kl_mbar_expect(full + s, tile::bytes);
             if (w.ranks == 1)
                 kl_bulk_load(stage, from, tile::bytes, full + s);
             else
                 kl_bulk_load_multicast(stage + w.rank * slice, from + w.rank * slice, slice, full + s, (uint16_t)((1 << w.ranks) - 1));
         }
         __syncwarp();
+        int64_t left = w.place.length - 32 * i;
+        load_values(p, w, w.place.begin + 32 * i, left < 32 ? (int)left : 32, stage + L::v, full + s);
     }
 }
 
