@@ -56,28 +56,25 @@ template <int KP> __global__ void __launch_bounds__(KP + 32) prepare(const __gri
     }
 }
 
-template <int KP> __global__ void __launch_bounds__(WALK_THREADS) walk(const __grid_constant__ dplr_view p, int ranks)
+template <int KP> __global__ void __launch_bounds__(WALK_THREADS) walk(const __grid_constant__ dplr_view p, int strips)
 {
     using L = walk_shared<KP>;
     KL_SHARED(shared);
     uint64_t *full = (uint64_t *)(shared + L::barriers), *empty = full + L::stages;
     int warp = (int)threadIdx.x >> 5;
     walker w;
-    w.rank = (int)(blockIdx.x % (unsigned)ranks);
-    w.ranks = ranks;
-    w.head = blockIdx.x / (unsigned)ranks;
+    w.head = blockIdx.x / (unsigned)strips;
     w.h = w.head % p.H;
-    w.v0 = COLUMNS * w.rank;
-    w.columns = min(max(p.V - w.v0, 0), (int)COLUMNS);
+    w.v0 = COLUMNS * (int)(blockIdx.x % (unsigned)strips);
+    w.columns = min(p.V - w.v0, (int)COLUMNS);
     if (threadIdx.x == 0) {
         for (int s = 0; s < L::stages; s++) {
             kl_mbar_init(full + s, 33);
-            kl_mbar_init(empty + s, 2 * GROUPS * ranks);
+            kl_mbar_init(empty + s, 2 * GROUPS);
         }
         kl_mbar_init_fence();
     }
     __syncthreads();
-    kl_cluster_sync();
     kl_grid_wait();
     w.place = kda_place_of(p.sequences, w.head / p.H);
 
@@ -87,8 +84,6 @@ template <int KP> __global__ void __launch_bounds__(WALK_THREADS) walk(const __g
         walk_output<KP>(p, w, warp - GROUPS, shared);
     else
         load_tiles<KP>(p, w, shared);
-    __syncwarp();
-    kl_cluster_sync();
 }
 
 kda_problem lengths_of(const dplr_problem *p)
@@ -155,14 +150,13 @@ template <int KP> kl_status launch(const kl_ctx *ctx, const dplr_problem *p, con
     g.threads = KP + 32;
     g.shared = intra_shared<KP>::bytes;
     KL_TRY(kl_launch(ctx, "dplr prepare", g, prepare<KP>, view));
-    int ranks = p->V <= 32 ? 1 : p->V <= 64 ? 2 : p->V <= 128 ? 4 : 8;
+    int strips = (int)kda_ceil(p->V, COLUMNS);
     g = kl_grid();
-    g.x = p->N * p->H * ranks;
+    g.x = p->N * p->H * strips;
     g.threads = WALK_THREADS;
     g.shared = walk_shared<KP>::bytes;
-    g.cluster = ranks;
     g.overlap = tiles > 0;
-    return kl_launch(ctx, "dplr walk", g, walk<KP>, view, ranks);
+    return kl_launch(ctx, "dplr walk", g, walk<KP>, view, strips);
 }
 
 } // namespace

@@ -1,5 +1,5 @@
 /* The walk of the general recurrence over the tiles of one sequence and head. Columns of V never meet, so a block takes 32
- * of them and a cluster the whole head; each block of the cluster loads a slice of every tile for all of them.
+ * of them; the blocks of a head run side by side and find its tiles in the second cache.
  *
  *   warps 0, 1  the state: S^T [16 x KP] of 16 columns each in accumulators from the first tile to the last
  *   warps 2, 3  the outputs of the same columns, from S^T and u that the state warps leave, in bf16, in two alternating places
@@ -26,18 +26,18 @@ struct walker {
     kda_place place;
     int64_t head;  /* n H + h */
     int64_t h;
-    int rank, ranks, v0, columns; /* of this block: columns may be 0 */
+    int v0, columns; /* of this block */
 };
 
 __device__ __forceinline__ int full_id(int group, int buffer) { return 1 + 4 * group + 2 * buffer; }
 __device__ __forceinline__ int empty_id(int group, int buffer) { return full_id(group, buffer) + 1; }
 
-/* Every block of the cluster may fill the stage again, as far as this warp goes. */
-__device__ __forceinline__ void leave_stage(uint64_t *empty, int ranks)
+/* The stage may be filled again, as far as this warp goes. */
+__device__ __forceinline__ void leave_stage(uint64_t *empty)
 {
     __syncwarp();
-    if (kl_lane() < ranks)
-        kl_mbar_arrive_at(empty, kl_lane());
+    if (kl_lane() == 0)
+        kl_mbar_arrive(empty);
 }
 
 /* Byte offset of a 16-byte piece of a token's 32 columns of v. */
@@ -160,7 +160,7 @@ template <int KP> __device__ __forceinline__ void walk_state(const dplr_view &p,
         }
         kl_barrier_arrive(full_id(group, buffer), 64);
         add_outer<KP>(S, u, stage + tile::bg);
-        leave_stage(empty + s, w.ranks);
+        leave_stage(empty + s);
     }
     for (int64_t i = w.place.tiles < 2 ? 0 : w.place.tiles - 2; i < w.place.tiles; i++)
         kl_barrier(empty_id(group, (int)(i & 1)), 64);
@@ -224,7 +224,7 @@ template <int KP> __device__ __forceinline__ void walk_output(const dplr_view &p
         }
         multiply_triangle(o, u, stage + tile::Aqb);
         kl_barrier_arrive(empty_id(group, buffer), 64);
-        leave_stage(empty + s, w.ranks);
+        leave_stage(empty + s);
 
         for (int half = 0; half < 2; half++) {
             uint32_t r[4] = {kl_pack_bf16(o[2 * half][0], o[2 * half][1]), kl_pack_bf16(o[2 * half][2], o[2 * half][3]),
@@ -265,21 +265,15 @@ template <int KP> __device__ __forceinline__ void load_tiles(const dplr_view &p,
 {
     using L = walk_shared<KP>;
     using tile = dplr_tile<KP>;
-    static_assert(tile::bytes % 128 == 0, "a tile is cut into up to 8 slices of 16-byte pieces");
     uint64_t *full = (uint64_t *)(shared + L::barriers), *empty = full + L::stages;
-    int slice = tile::bytes / w.ranks;
     for (int64_t i = 0; i < w.place.tiles; i++) {
         int s = (int)(i % L::stages);
         unsigned char *stage = shared + s * L::stage;
         if (i >= L::stages)
             kl_mbar_wait(empty + s, (int)((i / L::stages - 1) & 1));
         if (kl_lane() == 0) {
-            const unsigned char *from = p.tiles + ((w.place.tile + i) * p.H + w.h) * tile::bytes;
             kl_mbar_expect(full + s, tile::bytes);
-            if (w.ranks == 1)
-                kl_bulk_load(stage, from, tile::bytes, full + s);
-            else
-                kl_bulk_load_multicast(stage + w.rank * slice, from + w.rank * slice, slice, full + s, (uint16_t)((1 << w.ranks) - 1));
+            kl_bulk_load(stage, p.tiles + ((w.place.tile + i) * p.H + w.h) * tile::bytes, tile::bytes, full + s);
         }
         __syncwarp();
         int64_t left = w.place.length - 32 * i;
