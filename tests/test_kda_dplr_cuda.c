@@ -274,6 +274,52 @@ static void a_token_depends_on_the_past_alone(void **state)
     drop(d);
 }
 
+/* Rows of a batch are packed sequences of one length; no state in is a zero state; the state carried over a cut goes on. */
+static void rows_packing_and_carried_states_agree(void **state)
+{
+    (void)state;
+    NEED_DEVICE();
+    enum { CUT = 53, END = 120, H = 2, D = 64 };
+    const int64_t cu[] = {0, END, 2 * END};
+    problem *c = make(2, cu, H, D, D, MIXED, false, 80), *d = make(2, cu, H, D, D, MIXED, false, 80);
+    c->p.h0 = NULL;
+    run(c);
+    memset(d->h0, 0, (size_t)d->states * sizeof(float));
+    must(kl_gpu_copy(ctx, d->h0_device, d->h0, (size_t)d->states * sizeof(float)));
+    d->p.B = 2;
+    d->p.T = END;
+    d->p.cu_seqlens = NULL;
+    run(d);
+    assert_memory_equal(c->o, d->o, (size_t)c->count[V] * sizeof *c->o);
+    assert_memory_equal(c->ht, d->ht, (size_t)c->states * sizeof *c->ht);
+
+    const int64_t parts[][2] = {{0, CUT}, {CUT, END}};
+    d->p.B = d->p.N = 1;
+    d->p.ht = (float *)d->h0_device;
+    for (int i = 0; i < 2; i++) {
+        int64_t at = parts[i][0] * H * D;
+        const void **field[] = {&d->p.q, &d->p.k, &d->p.a, &d->p.b, &d->p.g, &d->p.v};
+        for (int x = 0; x < INPUTS; x++)
+            *field[x] = (uint16_t *)d->device[x] + at;
+        d->p.o = (uint16_t *)d->o_device + at;
+        d->p.T = parts[i][1] - parts[i][0];
+        must(dplr_forward(ctx, &d->p, d->workspace, d->workspace_bytes));
+    }
+    must(kl_gpu_sync(ctx));
+    must(kl_gpu_copy(ctx, d->o, d->o_device, END * H * D * sizeof *d->o));
+    must(kl_gpu_copy(ctx, d->ht, d->h0_device, H * D * D * sizeof *d->ht));
+    double far = 0.0, size = 0.0;
+    for (int64_t i = 0; i < END * H * D; i++) {
+        double x = kl_bf16_to_f32(c->o[i]), y = kl_bf16_to_f32(d->o[i]);
+        far += (x - y) * (x - y);
+        size += x * x;
+    }
+    assert_true(sqrt(far / size) <= kl_tol_kda_bf16.forward);
+    assert_true(kl_within(kl_rel_err_f32(d->ht, c->ht, H * D * D), kl_tol_kda_bf16.forward));
+    drop(c);
+    drop(d);
+}
+
 static void what_is_not_offered_is_refused(void **state)
 {
     (void)state;
@@ -298,6 +344,7 @@ int main(void)
         cmocka_unit_test(every_gate_is_exact),
         cmocka_unit_test(every_dimension_and_length_works),
         cmocka_unit_test(a_token_depends_on_the_past_alone),
+        cmocka_unit_test(rows_packing_and_carried_states_agree),
         cmocka_unit_test(what_is_not_offered_is_refused),
     };
     return cmocka_run_group_tests_name("kda_dplr_cuda", tests, open_device, close_device);
