@@ -150,7 +150,7 @@ $(BUILD)/tests/%: tests/%.c $(BUILD)/libkl.a
 	@$(if $(Q),echo "  test  $<")
 	$(Q)$(CC) $(CFLAGS) $(DEP_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(BUILD)/libkl.a -lcmocka $(LDLIBS)
 
-EMULATED := $(if $(filter 1,$(SAN) $(EMULATE)),,$(BUILD)/emulated)
+EMULATED := $(if $(filter 1,$(EMULATE)),,$(BUILD)/emulated)
 test: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc $(TESTS)
 	$(Q)$(if $(EMULATED),$(MAKE) --no-print-directory EMULATE=1 SHARE=$(BUILD) BUILD=$(EMULATED) device_tests)
 	@BUILD=$(BUILD) SAN=$(SAN) CC=$(CC) sh tests/run.sh $(TESTS) $(if $(EMULATED),$(DEVICE_TESTS:$(BUILD)/%=$(EMULATED)/%))

@@ -208,6 +208,7 @@ static void fiber_main()
 
 static void prepare(fiber *f)
 {
+    KL_UNPOISON(f->stack, STACK); /* what the fiber before it left */
 #if defined(__x86_64__)
     void **top = (void **)(f->stack + STACK);
     *--top = NULL;                /* keeps the stack 16-byte aligned at entry */
@@ -260,6 +261,7 @@ static void run_cluster(machine &m, const kl_grid &g, int64_t first, unsigned y,
         b.shared = base + i * stride + 512;
         b.shared = (unsigned char *)(((uintptr_t)b.shared + 511) / 512 * 512);
         memset(b.shared, 0xff, g.shared + CANARY);
+        KL_POISON(b.shared + g.shared, SHARED_ROOM - g.shared);
         b.index.x = (unsigned)(first + (int64_t)i);
         b.index.y = y;
         b.index.z = z;
@@ -297,6 +299,7 @@ static void run_cluster(machine &m, const kl_grid &g, int64_t first, unsigned y,
             deadlock(m);
     }
     kl_emulated = NULL;
+    KL_UNPOISON(m.shared.data(), m.shared.size());
     for (kl_emulated_block &b : m.cluster.blocks)
         for (int i = 0; i < CANARY; i++)
             if (b.shared[g.shared + (size_t)i] != 0xff)

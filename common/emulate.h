@@ -15,6 +15,16 @@
 
 #include "common/dtype.h"
 
+/* With the address sanitizer: memory that nobody may touch until it is unpoisoned. */
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define KL_POISON(p, bytes) __asan_poison_memory_region(p, bytes)
+#define KL_UNPOISON(p, bytes) __asan_unpoison_memory_region(p, bytes)
+#else
+#define KL_POISON(p, bytes) ((void)(p), (void)(bytes))
+#define KL_UNPOISON(p, bytes) ((void)(p), (void)(bytes))
+#endif
+
 /* ---- CUDA's own words ---- */
 #define __global__
 #define __device__

@@ -47,7 +47,7 @@ int kl_gpu_multiprocessors(const kl_ctx *) { return 132; }
 kl_status kl_gpu_open(kl_ctx *) { return kl_ok(); }
 void kl_gpu_close(kl_ctx *) {}
 
-/* The size before every piece of memory, a guard behind it. */
+/* The size before every piece of memory, a guard behind it; the address sanitizer keeps kernels out of both. */
 enum { BEFORE = 256, GUARD = 256 };
 
 kl_status kl_gpu_alloc(const kl_ctx *, void **out, size_t bytes)
@@ -61,6 +61,8 @@ kl_status kl_gpu_alloc(const kl_ctx *, void **out, size_t bytes)
     memcpy(block, &bytes, sizeof bytes);
     memset(block + BEFORE + bytes, 0xa5, GUARD);
     *out = block + BEFORE;
+    KL_POISON(block, BEFORE);
+    KL_POISON(block + BEFORE + bytes, room - BEFORE - bytes);
     return kl_ok();
 }
 
@@ -70,7 +72,9 @@ void kl_gpu_free(const kl_ctx *, void *out)
         return;
     unsigned char *block = (unsigned char *)out - BEFORE;
     size_t bytes;
+    KL_UNPOISON(block, BEFORE);
     memcpy(&bytes, block, sizeof bytes);
+    KL_UNPOISON(block, (bytes / 256 + 1) * 256 + BEFORE + GUARD);
     for (int i = 0; i < GUARD; i++)
         if (block[BEFORE + bytes + (size_t)i] != 0xa5) {
             fprintf(stderr, "emulated device: a kernel wrote beyond a piece of memory of %zu bytes\n", bytes);
