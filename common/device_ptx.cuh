@@ -12,20 +12,18 @@ inline kl_status kl_cuda(cudaError_t e, const char *what)
     return kl_error(e == cudaErrorMemoryAllocation ? KL_ENOMEM : KL_EDEVICE, "%s: %s (%s)", what, cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
-/* Puts one grid on the context's stream. An empty grid is no launch. */
-template <class... P, class... A>
-kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void (*kernel)(P...), A... args)
+/* What a kernel must be told before its first launch with a grid of this kind. */
+inline kl_status kl_launch_prepare(const char *name, const kl_grid &g, const void *kernel)
 {
-    if (g.x <= 0 || g.y <= 0 || g.z <= 0)
-        return kl_ok();
-    if (g.x > INT32_MAX || g.y > 65535 || g.z > 65535)
-        return kl_error(KL_EUNSUPPORTED, "%s: expected a grid of at most 2147483647 x 65535 x 65535, got %lld x %lld x %lld", name,
-                        (long long)g.x, (long long)g.y, (long long)g.z);
     if (g.shared > 48 * 1024)
-        KL_TRY(kl_cuda(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared), name));
+        KL_TRY(kl_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared), name));
     if (g.cluster > 8)
-        KL_TRY(kl_cuda(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name));
-    cudaLaunchAttribute attribute[2];
+        KL_TRY(kl_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name));
+    return kl_ok();
+}
+
+inline cudaLaunchConfig_t kl_launch_config(const kl_ctx *ctx, const kl_grid &g, cudaLaunchAttribute attribute[2])
+{
     cudaLaunchConfig_t c = {};
     c.gridDim = dim3((unsigned)g.x, (unsigned)g.y, (unsigned)g.z);
     c.blockDim = dim3((unsigned)g.threads);
@@ -43,7 +41,33 @@ kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void 
         a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         a.val.programmaticStreamSerializationAllowed = 1;
     }
+    return c;
+}
+
+/* Puts one grid on the context's stream. An empty grid is no launch. */
+template <class... P, class... A>
+kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void (*kernel)(P...), A... args)
+{
+    if (g.x <= 0 || g.y <= 0 || g.z <= 0)
+        return kl_ok();
+    if (g.x > INT32_MAX || g.y > 65535 || g.z > 65535)
+        return kl_error(KL_EUNSUPPORTED, "%s: expected a grid of at most 2147483647 x 65535 x 65535, got %lld x %lld x %lld", name,
+                        (long long)g.x, (long long)g.y, (long long)g.z);
+    KL_TRY(kl_launch_prepare(name, g, (const void *)kernel));
+    cudaLaunchAttribute attribute[2];
+    cudaLaunchConfig_t c = kl_launch_config(ctx, g, attribute);
     return kl_cuda(cudaLaunchKernelEx(&c, kernel, P(args)...), name);
+}
+
+/* How many clusters of such a grid the device holds at a time; 0 when it cannot say. */
+template <class... P> int kl_resident_clusters(const kl_ctx *ctx, const kl_grid &g, void (*kernel)(P...))
+{
+    int count = 0;
+    if (kl_failed(kl_launch_prepare("clusters", g, (const void *)kernel)))
+        return 0;
+    cudaLaunchAttribute attribute[2];
+    cudaLaunchConfig_t c = kl_launch_config(ctx, g, attribute);
+    return cudaOccupancyMaxActiveClusters(&count, kernel, &c) == cudaSuccess ? count : 0;
 }
 
 /* ---- numbers ---- */
@@ -255,6 +279,15 @@ __device__ __forceinline__ void kl_mbar_wait(uint64_t *bar, int parity)
     while (!done)
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done) : "r"(kl_shared_address(bar)), "r"(parity) : "memory");
+}
+
+/* Has that phase ended by now? Asked early, the answer is there when it is wanted. Acquires like the wait if so. */
+__device__ __forceinline__ bool kl_mbar_test(uint64_t *bar, int parity)
+{
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(kl_shared_address(bar)), "r"(parity) : "memory");
+    return done;
 }
 
 /* ---- asynchronous copies ---- */

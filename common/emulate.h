@@ -96,6 +96,8 @@ kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void 
     return kl_emulated_run(name, g, [=]() { kernel(P(args)...); });
 }
 
+template <class... P> int kl_resident_clusters(const kl_ctx *, const kl_grid &g, void (*)(P...)) { return 16 / g.cluster; }
+
 static inline void __syncthreads() { kl_emulated_block_barrier(0, 0, true); }
 static inline void kl_barrier(int id, int threads) { kl_emulated_block_barrier(id, threads, true); }
 static inline void kl_barrier_arrive(int id, int threads) { kl_emulated_block_barrier(id, threads, false); }
@@ -387,6 +389,8 @@ static inline void kl_mbar_wait(uint64_t *bar, int parity)
     struct waited { kl_mbar *bar; int parity; } w = {(kl_mbar *)bar, parity};
     kl_emulated_wait("mbarrier", [](void *what) { return (int)((waited *)what)->bar->phase != ((waited *)what)->parity; }, &w);
 }
+
+static inline bool kl_mbar_test(uint64_t *bar, int parity) { return (int)((kl_mbar *)bar)->phase != parity; }
 
 /* ---- asynchronous copies happen at once ---- */
 static inline void kl_fence_async() {}
