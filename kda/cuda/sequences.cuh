@@ -60,6 +60,13 @@ __device__ __forceinline__ kda_place kda_place_of(const kda_sequences &s, int64_
     return {a.begin, b.begin - a.begin, a.tile, b.tile - a.tile, a.chunk};
 }
 
+/* Tokens of a place's tile i. */
+__device__ __forceinline__ int kda_tokens_of(const kda_sequences &s, const kda_place &place, int i)
+{
+    int64_t left = place.length - (int64_t)i * s.tile;
+    return left < s.tile ? (int)left : s.tile;
+}
+
 /* The sequence that holds a tile. */
 __device__ __forceinline__ int64_t kda_sequence_of_tile(const kda_sequences &s, int64_t tile)
 {
