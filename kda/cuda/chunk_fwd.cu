@@ -1,0 +1,100 @@
+/* The chunk forward in two passes: one kernel prepares the tiles of all heads into the workspace, another walks over them. */
+#include "kda/cuda/prepare.cuh"
+#include "kda/cuda/walk.cuh"
+
+namespace {
+
+enum { WARPS = 2, THREADS = 32 * (3 * WARPS + 1) }; /* state, output and input warps, and one that loads */
+
+template <int KP> using two_pass_ring = kda_ring<KP, WARPS, KP == 256 ? 3 : 4, 1>;
+
+template <int KP> __device__ __forceinline__ void load_tiles(two_pass_ring<KP> &m, const kda_walk &p, const kda_path &path, const unsigned char *tiles)
+{
+    enum { BYTES = kda_tile<KP>::bytes };
+    for (int i = 0; i < path.tiles; i++) {
+        kda_ring_reserve(m, i);
+        kl_bulk_load(m.slot[i % two_pass_ring<KP>::SLOTS], tiles + (size_t)((path.place.tile + i) * p.HV + path.head) * BYTES, BYTES,
+                     &m.full[i % two_pass_ring<KP>::SLOTS]);
+    }
+}
+
+/* Block: 32 columns of V of one head of one sequence. */
+template <int KP>
+__global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ kda_walk p, const unsigned char *tiles, int splits)
+{
+    KL_SHARED(shared);
+    two_pass_ring<KP> &m = *(two_pass_ring<KP> *)shared;
+    int warp = (int)threadIdx.x / 32, column = KDA_COLUMNS * ((int)(blockIdx.x % splits) * WARPS + warp % WARPS);
+    kda_path path = kda_path_of(p, blockIdx.x / splits);
+    if (threadIdx.x == 0)
+        kda_ring_init(m);
+    __syncthreads();
+    if (warp < WARPS)
+        kda_walk_state(m, p, path, 0, warp, column);
+    else if (warp < 2 * WARPS)
+        kda_walk_output(m, p, path, 0, warp - WARPS, column);
+    else if (warp < 3 * WARPS)
+        kda_walk_input(m, p, path, 0, warp - 2 * WARPS, column);
+    else if (kl_lane() == 0)
+        load_tiles<KP>(m, p, path, tiles);
+}
+
+template <int KP> kl_status launch_walk(const kl_ctx *ctx, const kda_problem *p, const void *table, const void *tiles)
+{
+    int splits = (int)kda_ceil(p->V, KDA_COLUMNS * WARPS);
+    kl_grid g;
+    g.x = p->N * p->HV * splits;
+    g.threads = THREADS;
+    g.shared = sizeof(two_pass_ring<KP>);
+    return kl_launch(ctx, "kda walk", g, walk<KP>, kda_walk_of(p, table), (const unsigned char *)tiles, splits);
+}
+
+size_t table_bytes(const kda_problem *p) { return (kda_sequences_bytes(p) + 1023) / 1024 * 1024; }
+
+} // namespace
+
+kda_walk kda_walk_of(const kda_problem *p, const void *table)
+{
+    kda_walk w = {};
+    w.sequences = kda_sequences_of(p, table);
+    w.v = (const uint16_t *)p->v;
+    w.o = (uint16_t *)p->o;
+    w.h0 = (const float *)p->h0;
+    w.ht = (float *)p->ht;
+    w.chunk_states = p->chunk_states;
+    w.state_index = p->state_index;
+    w.v_stride = kda_stride(p->v_stride, p->HV * p->V);
+    w.o_stride = kda_stride(p->o_stride, p->HV * p->V);
+    w.HV = p->HV;
+    w.pool = p->state_pool ? p->state_pool : p->N;
+    w.K = (int)p->K;
+    w.V = (int)p->V;
+    bool value_first = p->state_layout == KDA_STATE_VK;
+    w.channel_stride = value_first ? 1 : w.V;
+    w.column_stride = value_first ? w.K : 1;
+    w.v_aligned = (uintptr_t)p->v % 16 == 0 && w.v_stride % 8 == 0 && p->V % 8 == 0;
+    w.o_aligned = (uintptr_t)p->o % 16 == 0 && w.o_stride % 8 == 0 && p->V % 8 == 0;
+    return w;
+}
+
+size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    const kda_problem *p = (const kda_problem *)problem;
+    (void)ctx, (void)pass;
+    return table_bytes(p) + (size_t)(kda_tile_count(p) * p->HV) * kda_tile_bytes(p->K);
+}
+
+kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    const kda_problem *p = (const kda_problem *)problem;
+    size_t need = kda_cuda_two_pass_workspace(ctx, p, KL_FORWARD);
+    KL_REQUIRE(!need || (workspace && bytes >= need), "kda: workspace: expected %zu bytes, got %zu", need, workspace ? bytes : 0);
+    unsigned char *tiles = (unsigned char *)workspace + table_bytes(p);
+    KL_TRY(kda_sequences_upload(ctx, p, workspace));
+    KL_TRY(kda_cuda_prepare(ctx, p, workspace, tiles));
+    switch (kda_padded(p->K)) {
+    case 64: return launch_walk<64>(ctx, p, workspace, tiles);
+    case 128: return launch_walk<128>(ctx, p, workspace, tiles);
+    default: return launch_walk<256>(ctx, p, workspace, tiles);
+    }
+}
