@@ -14,7 +14,7 @@ ldd "$kl" | awk '$3 ~ /(cjson|pcre2|openblas|gfortran|quadmath|gomp)/ { print $3
 done
 cat >"$to/run.sh" <<'END'
 #!/bin/sh
-cd "$(dirname "$0")" && LD_LIBRARY_PATH="$PWD/lib:${LD_LIBRARY_PATH:-}" exec sh experiments/h100/run.sh ./kl "${1:-out}"
+cd "$(dirname "$0")" && LD_LIBRARY_PATH="$PWD/lib:${LD_LIBRARY_PATH:-}" exec sh experiments/h100/run.sh ./kl "${1:-out}" "${2:-verify sanitize bench}"
 END
 chmod +x "$to/run.sh" "$to/experiments/h100/run.sh"
 du -sh "$to"

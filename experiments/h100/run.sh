@@ -1,10 +1,11 @@
 #!/bin/sh
 # Everything that is claimed of KDA on a GPU: right on every case, clean under compute-sanitizer, and how fast. About two
 # minutes on one H100.
-# usage: experiments/h100/run.sh [KL [OUT]]   (from the repository root after make, or from a folder that pack.sh made)
+# usage: experiments/h100/run.sh [KL [OUT [PARTS]]]   (from the repository root after make, or from a folder that pack.sh made)
 set -u
 kl=${1:-build/kl}
 out=${2:-results/h100}
+parts=${3:-verify sanitize bench}
 golden=tests/golden/kda
 mkdir -p "$out"
 failed=0
@@ -40,29 +41,39 @@ bench() {
     "$kl" bench kda --device cuda --json "$out/$name.jsonl" "$@"
 }
 
-step "golden data" verify kda "$golden"
-step "random problems" verify kda --random --cases 168
+verify_all() {
+    step "golden data" verify kda "$golden"
+    step "random problems" verify kda --random --cases 168
+}
 
-if command -v compute-sanitizer >/dev/null; then
+# A representative set: packed value heads, the fast path's dimensions over five tiles, and random problems.
+sanitize_all() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "== compute-sanitizer is not here: its checks are left out"
+        return
+    fi
     for tool in memcheck racecheck synccheck initcheck; do
-        step "$tool: golden data of 65 tokens, of 130 by 128 channels, and random problems" sanitize $tool kda "$golden/05_bounded_T65_H2_HV4_K16_V16.safetensors"
-        step "$tool" sanitize $tool kda "$golden/06_kimi_T130_H1_HV1_K128_V128.safetensors"
-        step "$tool" sanitize $tool kda --random --cases 12 --seed 5
+        step "$tool, 65 tokens" sanitize $tool kda "$golden/05_bounded_T65_H2_HV4_K16_V16.safetensors"
+        step "$tool, 130 tokens, 128 channels" sanitize $tool kda "$golden/06_kimi_T130_H1_HV1_K128_V128.safetensors"
+        step "$tool, random problems" sanitize $tool kda --random --cases 12 --seed 5
     done
-else
-    echo "== compute-sanitizer is not here: its checks are left out"
-fi
+}
 
-for gate in slow mixed strong; do
-    for list in ten heads32 heads96; do
-        step "forward, $list, $gate" bench "kda_${list}_$gate" --shapes $list --gate $gate --variant chunk
+bench_all() {
+    for gate in slow mixed strong; do
+        for list in ten heads32 heads96; do
+            step "forward, $list, $gate" bench "kda_${list}_$gate" --shapes $list --gate $gate --variant chunk
+        done
     done
+    step "training" bench kda_train --shapes train --variant chunk
+    step "decoding" bench kda_decode --shapes decode
+    step "KDA, general DPLR, Gated DeltaNet" bench kda_fig2 --shapes fig2 --variant chunk
+    step "granularity of the gate" bench kda_gates --shapes gates --variant chunk
+}
+
+for part in $parts; do
+    "${part}_all"
 done
-step "training" bench kda_train --shapes train --variant chunk
-step "decoding" bench kda_decode --shapes decode
-step "KDA, general DPLR, Gated DeltaNet" bench kda_fig2 --shapes fig2 --variant chunk
-step "granularity of the gate" bench kda_gates --shapes gates --variant chunk
-
 rm -f "$out/verify.txt" "$out/sanitizer.txt"
 echo "== $failed steps failed"
 [ "$failed" -eq 0 ]
