@@ -63,6 +63,8 @@ static kl_status check_cuda(const void *problem, kl_pass pass)
         return kl_error(KL_EUNSUPPORTED, "dplr: pass: variant chunk on cuda offers forward only");
     if (p->dtype != KL_BF16)
         return kl_error(KL_EUNSUPPORTED, "dplr: dtype: variant chunk on cuda offers bfloat16, got %s", kl_dtype_name(p->dtype));
+    if (p->chunk != 0 && p->chunk != 32)
+        return kl_error(KL_EUNSUPPORTED, "dplr: chunk: variant chunk on cuda offers 0 and 32, got %lld", (long long)p->chunk);
     return kl_ok();
 }
 

@@ -21,7 +21,7 @@ typedef struct dplr_problem {
     int64_t B, T, N, H, K, V;
     const int64_t *cu_seqlens; /* as in kda_problem */
     float scale;               /* 0: K^-0.5 */
-    int64_t chunk;             /* 16, 32, 64; 0: 64 */
+    int64_t chunk;             /* 16, 32, 64; 0: what suits the device (64 on the CPU, 32 on CUDA, which offers no other) */
     kl_dtype dtype;            /* of q, k, a, b, v, g, o; 0 is KL_F32 */
     const void *q, *k, *a, *b; /* [B,T,H,K] */
     const void *v;             /* [B,T,H,V] */

@@ -333,6 +333,11 @@ static void what_is_not_offered_is_refused(void **state)
     s = dplr_forward(ctx, &c->p, c->workspace, c->workspace_bytes);
     assert_int_equal(s.code, KL_EUNSUPPORTED);
     assert_non_null(strstr(s.message, "dtype"));
+    c->p.dtype = KL_BF16;
+    c->p.chunk = 64;
+    s = dplr_forward(ctx, &c->p, c->workspace, c->workspace_bytes);
+    assert_int_equal(s.code, KL_EUNSUPPORTED);
+    assert_non_null(strstr(s.message, "chunk"));
     c->p.dtype = KL_F16;
     assert_int_equal(dplr_forward(ctx, &c->p, c->workspace, c->workspace_bytes).code, KL_EINVAL);
     drop(c);
