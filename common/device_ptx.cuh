@@ -318,6 +318,12 @@ __device__ __forceinline__ void kl_bulk_commit() { asm volatile("cp.async.bulk.c
 template <int left> __device__ __forceinline__ void kl_bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(left) : "memory"); }
 template <int left> __device__ __forceinline__ void kl_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory"); }
 
+/* Starts bytes on their way to the second cache; address and bytes multiples of 16. */
+__device__ __forceinline__ void kl_prefetch(const void *global, int bytes)
+{
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(global), "r"(bytes) : "memory");
+}
+
 /* 16 bytes (4: kl_copy4) from global to shared, zeros when !valid; global must then still be a valid address. */
 __device__ __forceinline__ void kl_copy16(void *shared, const void *global, bool valid = true)
 {
