@@ -59,16 +59,22 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
         kda_prepare_ahead next_ahead = ahead;
         kda_prepare_head<KP> next_head = head;
         int tokens = span.tokens;
-        if (thread == 0)
-            kl_bulk_wait_read<0>();
-        kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, 1, [&] {
-            more = at.next(sequences, tile_count, HV);
+        more = at.next(sequences, tile_count, HV);
+        if (more) {
+            span = at.span(sequences);
+            kda_prepare_fetch<KP>(source, at.hv, span.token, span.tokens, thread);
+        }
+        auto wait_for_tile = [&] {
+            if (thread == 0)
+                kl_bulk_wait_read<0>();
+        };
+        auto load_next = [&] {
             if (!more)
                 return;
-            span = at.span(sequences);
             next_ahead = kda_prepare_load<KP>(source, at.hv, span.token, span.tokens, room, thread);
             next_head = kda_prepare_head_of<KP>(source, at.hv, thread);
-        });
+        };
+        kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, 1, wait_for_tile, load_next);
         if (thread == 0) {
             kl_bulk_store(to, tile, kda_tile<KP>::bytes);
             kl_bulk_commit();

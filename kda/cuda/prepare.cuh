@@ -2,14 +2,13 @@
  * groups can work in one block.
  *
  *     kda_prepare_ahead ahead = kda_prepare_load<KP>(source, hv, token, tokens, room, thread);
- *     kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, barrier, [&] { the next kda_prepare_load });
+ *     kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, barrier, [&] { wait for tile }, [&] { the next load });
  *
- * load starts asynchronous copies of the raw rows into the group's room and returns at once; tile waits for them, makes
- * the tile (tile.cuh) at a 16-byte aligned shared address and calls back, in all threads of the group, as soon as the
- * rows in the room may be overwritten. thread counts 0..127 within the group. All threads of the group call both.
- *
- * The tile's memory must be free when thread 0 of the group calls (a thread 0 that stored from it waits for the reads
- * first). On return the tile is complete and visible to bulk copies issued by any thread of the group. */
+ * load starts asynchronous copies of the raw rows into the group's room and returns at once; tile waits for them and makes
+ * the tile (tile.cuh) at a 16-byte aligned shared address. Before it first writes there it calls back in all threads of
+ * the group (whoever stores from the tile waits for the reads there), and again as soon as the rows in the room may be
+ * overwritten. thread counts 0..127 within the group. All threads of the group call both. On return the tile is complete
+ * and visible to bulk copies issued by any thread of the group. */
 #ifndef KL_KDA_CUDA_PREPARE_CUH
 #define KL_KDA_CUDA_PREPARE_CUH
 
@@ -97,6 +96,23 @@ __device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_sou
     return {thread < tokens ? s.beta[(token + thread) * s.beta_stride + hv] : 0u};
 }
 
+/* Asks for the rows ahead of kda_prepare_load, so that it finds them in the second cache: a row a thread. */
+template <int KP>
+__device__ __forceinline__ void kda_prepare_fetch(const kda_tile_source &s, int hv, int64_t token, int tokens, int thread)
+{
+    int row = thread & 31;
+    if (row >= tokens)
+        return;
+    token += row;
+    int64_t h = s.share == 1 ? hv : hv / s.share;
+    if (thread < 32 && s.q_wide)
+        kl_prefetch(s.q + token * s.q_stride + h * s.K, 2 * s.K);
+    if (thread >> 5 == 1 && s.k_wide)
+        kl_prefetch(s.k + token * s.k_stride + h * s.K, 2 * s.K);
+    if (thread >> 5 == 2 && s.g_wide)
+        kl_prefetch(s.g + token * s.g_stride + (int64_t)hv * s.G, 2 * s.K);
+}
+
 /* Factors that bring the rows to length one, and q to its scale: a warp takes 16 rows of k or of q. */
 template <int KP> struct kda_row_norms {
     float top[4], bottom[4];
@@ -147,9 +163,9 @@ __device__ __forceinline__ void kda_diagonal_by_levels(float c[8], const kda_til
     }
 }
 
-template <int KP, class Free>
+template <int KP, class Wait, class Free>
 __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const kda_prepare_head<KP> &head, kda_prepare_ahead ahead, int tokens,
-                                                 unsigned char *room, unsigned char *tile, int thread, int barrier, Free rows_are_free)
+                                                 unsigned char *room, unsigned char *tile, int thread, int barrier, Wait tile_is_free, Free rows_are_free)
 {
     using at = kda_prepare_room<KP>;
     using own_t = kda_owner<KP>;
@@ -187,6 +203,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     deep = __any_sync(0xffffffffu, deep);
     if (kl_lane() == 0)
         vote[warp] = deep;
+    tile_is_free();
     kl_barrier(barrier, KDA_GROUP);
 
     /* This warp's diagonal block: k (warps 0, 1) or q (2, 3) against k. */
