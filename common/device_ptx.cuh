@@ -318,11 +318,8 @@ __device__ __forceinline__ void kl_bulk_commit() { asm volatile("cp.async.bulk.c
 template <int left> __device__ __forceinline__ void kl_bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(left) : "memory"); }
 template <int left> __device__ __forceinline__ void kl_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory"); }
 
-/* Starts bytes on their way to the second cache; address and bytes multiples of 16. */
-__device__ __forceinline__ void kl_prefetch(const void *global, int bytes)
-{
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(global), "r"(bytes) : "memory");
-}
+/* Starts the 128 bytes around an address on their way to the second cache. */
+__device__ __forceinline__ void kl_prefetch(const void *global) { asm volatile("prefetch.global.L2 [%0];" :: "l"(global)); }
 
 /* 16 bytes (4: kl_copy4) from global to shared, zeros when !valid; global must then still be a valid address. */
 __device__ __forceinline__ void kl_copy16(void *shared, const void *global, bool valid = true)

@@ -423,7 +423,7 @@ static inline void kl_bulk_store(void *global, const void *shared, int bytes)
 static inline void kl_bulk_commit() {}
 template <int left> static inline void kl_bulk_wait() {}
 template <int left> static inline void kl_bulk_wait_read() {}
-static inline void kl_prefetch(const void *global, int bytes) { kl_emulated_aligned("prefetch", global, global, bytes); }
+static inline void kl_prefetch(const void *global) { (void)*(const volatile unsigned char *)global; }
 static inline void kl_copy16(void *shared, const void *global, bool valid = true)
 {
     kl_emulated_aligned("16-byte copy", shared, global, 16);

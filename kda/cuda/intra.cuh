@@ -1,17 +1,18 @@
 /* The matrices between the tokens of a tile: A, Aqk, T = (I + A)^-1 and w, by a group of four warps.
  *
- * Operands lie in shared memory as rows of bf16, [token][channel], cut into cells of 8 channels (16 bytes) such that both the
- * owner of a channel pair, token by token, and ldmatrix, token by token too, meet no bank twice. */
+ * Operands lie in shared memory as rows of bf16, [64 channels][token], 128 bytes a row, cut into cells of 8 channels which
+ * are permuted by the token's number: the owner of a channel pair going down the tokens, ldmatrix across tokens, and
+ * 16-byte copies along a row all meet no bank twice. */
 #ifndef KL_KDA_CUDA_INTRA_CUH
 #define KL_KDA_CUDA_INTRA_CUH
 
 #include "kda/cuda/tile.cuh"
 
 /* Byte offset of the cell of channels 8 c .. 8 c + 7. */
-__device__ __forceinline__ int kda_cell(int token, int c) { return c * 512 + ((token ^ (c & 7)) << 4); }
+__device__ __forceinline__ int kda_cell(int token, int c) { return (c >> 3) * 4096 + token * 128 + (((c ^ token) & 7) << 4); }
 
-/* Fragments of tokens t..t+15 (t a multiple of 16) and channels 16 s.. from rows of cells: begin gives a lane's offset for
- * s = 0, at moves it on. */
+/* Fragments of tokens t..t+15 (t a multiple of 16) and channels 16 s.. from rows of cells: rows and columns give a lane's
+ * offset for s = 0, at moves it on. */
 struct kda_fragments {
     int offset;
     /* ldmatrix gives an A fragment of the rows; transposed, {r0, r1} and {r2, r3} are B fragments [token x channel]. */
@@ -21,7 +22,7 @@ struct kda_fragments {
     {
         return {kda_cell(t + (kl_lane() & 7) + (kl_lane() >> 4 << 3), kl_lane() >> 3 & 1)};
     }
-    __device__ __forceinline__ int at(int s) const { return (offset ^ (s & 3) << 5) + 1024 * s; }
+    __device__ __forceinline__ int at(int s) const { return (offset ^ (s & 3) << 5) + 4096 * (s >> 2); }
 };
 
 /* A 16 x 16 block in C fragments: c[0..3] columns 0..7, c[4..7] columns 8..15. */
@@ -192,31 +193,50 @@ __device__ __forceinline__ void kda_write_Tb(unsigned char *Tb, int b, const flo
 
 /* ---- w ----
  * w_0 = Tb00 kr_0,  w_1 = (Tb11 kr_1) P_0 + Tb10 kr_0, where kr counts decays from its own block's start and P_0 is the
- * first block's decay: channels 16 s..16 s + 15. kr lies where w will be; nobody else may need these channels. */
-template <int KP> __device__ __forceinline__ void kda_make_w(unsigned char *tile, const float *P0, int s)
+ * first block's decay. kr lies where w will be, so all of it is read before any w is written. */
+template <int count> struct kda_kr {
+    uint32_t r[count][2][4]; /* channels 16 (s + n)..; block; B fragments [token x channel] */
+    __device__ __forceinline__ void read(const unsigned char *kr, int s)
+    {
+        kda_fragments first = kda_fragments::rows(0), second = kda_fragments::rows(16);
+#pragma unroll
+        for (int n = 0; n < count; n++) {
+            kl_ldmatrix4_trans(r[n][0], kr + first.at(s + n));
+            kl_ldmatrix4_trans(r[n][1], kr + second.at(s + n));
+        }
+    }
+};
+
+template <int count> __device__ __forceinline__ void kda_make_w(unsigned char *w, const unsigned char *Tb, const kda_kr<count> &kr, const float *P0, int s)
 {
-    const unsigned char *Tb = tile + kda_tile<KP>::Tb;
-    unsigned char *w = tile + kda_tile<KP>::w;
-    uint32_t Tb00[4], Tb10[4], Tb11[4], r[4], r1[4];
+    uint32_t Tb00[4], Tb10[4], Tb11[4];
     kda_read_transposed(Tb00, Tb, 0);
     kda_read_transposed(Tb10, Tb, 1);
     kda_read_transposed(Tb11, Tb, 2);
-    kl_ldmatrix4_trans(r, w + kda_fragments::rows(0).at(s));
-    kl_ldmatrix4_trans(r1, w + kda_fragments::rows(16).at(s));
-    __syncwarp();
-    float w0[8] = {}, w1[8] = {};
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-        float2 p = *(const float2 *)(P0 + 16 * s + 8 * n + 2 * (kl_lane() & 3));
-        kl_mma(w1 + 4 * n, Tb11, r1 + 2 * n);
-        kl_mma(w0 + 4 * n, Tb00, r + 2 * n);
+    for (int n = 0; n < count; n++) {
+        float w0[8] = {}, w1[8] = {};
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            w1[4 * n + e] *= e & 1 ? p.y : p.x;
-        kl_mma(w1 + 4 * n, Tb10, r + 2 * n);
+        for (int h = 0; h < 2; h++) {
+            float2 p = *(const float2 *)(P0 + 16 * (s + n) + 8 * h + 2 * (kl_lane() & 3));
+            kl_mma(w1 + 4 * h, Tb11, kr.r[n][1] + 2 * h);
+            kl_mma(w0 + 4 * h, Tb00, kr.r[n][0] + 2 * h);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                w1[4 * h + e] *= e & 1 ? p.y : p.x;
+            kl_mma(w1 + 4 * h, Tb10, kr.r[n][0] + 2 * h);
+        }
+        kda_write_transposed(w, 2 * (s + n), w0);
+        kda_write_transposed(w, 2 * (s + n) + 1, w1);
     }
-    kda_write_transposed(w, 2 * s, w0);
-    kda_write_transposed(w, 2 * s + 1, w1);
+}
+
+/* Without erasing. */
+template <int count> __device__ __forceinline__ void kda_clear_w(unsigned char *w, int s)
+{
+    uint32_t zero[4] = {};
+    for (int b = 2 * s; b < 2 * (s + count); b++)
+        kda_write_block(w, b, zero);
 }
 
 #endif

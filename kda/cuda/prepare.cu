@@ -12,6 +12,11 @@ struct tile_span {
     int tokens;
 };
 
+/* gridDim.x as so many tiles of all heads and so many heads. */
+struct walk_step {
+    int tiles, heads;
+};
+
 /* A walk over (tile, head) pairs, `gridDim.x` of them at a step, heads innermost. Tiles take 15 KB each, so int counts them. */
 struct walk {
     int tile, hv, n, end; /* the tile is of sequence n, whose tiles end before `end` */
@@ -23,12 +28,13 @@ struct walk {
         end = (int)(place.tile + place.tiles);
     }
     __device__ __forceinline__ walk(const kda_sequences &s, int HV) : tile((int)blockIdx.x / HV), hv((int)blockIdx.x % HV) { find(s); }
-    __device__ __forceinline__ bool next(const kda_sequences &s, int tiles, int HV)
+    __device__ __forceinline__ bool next(const kda_sequences &s, int tiles, int HV, walk_step step)
     {
-        hv += (int)gridDim.x;
+        tile += step.tiles;
+        hv += step.heads;
         if (hv >= HV) {
-            tile += hv / HV;
-            hv %= HV;
+            tile++;
+            hv -= HV;
         }
         if (tile >= end && tile < tiles)
             find(s);
@@ -45,7 +51,7 @@ struct walk {
 /* Groups walk over the pairs, a block each, the next pair's rows on their way while one is made. */
 template <int KP>
 __global__ void __launch_bounds__(KDA_GROUP, KP > 128 ? 1 : 4)
-prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_constant__ kda_sequences sequences, int tile_count, int HV, unsigned char *tiles)
+prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_constant__ kda_sequences sequences, int tile_count, int HV, walk_step step, unsigned char *tiles)
 {
     KL_SHARED(shared);
     unsigned char *tile = shared, *room = shared + kda_tile<KP>::bytes;
@@ -59,7 +65,7 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
         kda_prepare_ahead next_ahead = ahead;
         kda_prepare_head<KP> next_head = head;
         int tokens = span.tokens;
-        more = at.next(sequences, tile_count, HV);
+        more = at.next(sequences, tile_count, HV, step);
         if (more) {
             span = at.span(sequences);
             kda_prepare_fetch<KP>(source, at.hv, span.token, span.tokens, thread);
@@ -91,9 +97,10 @@ template <int KP> kl_status launch(const kl_ctx *ctx, const kda_problem *p, cons
     int64_t count = kda_tile_count(p), resident = (int64_t)kl_gpu_multiprocessors(ctx) * (KP > 128 ? 1 : 4);
     kl_grid g;
     g.x = count * p->HV < resident ? count * p->HV : resident;
+    walk_step step = {(int)(g.x / p->HV), (int)(g.x % p->HV)};
     g.threads = KDA_GROUP;
     g.shared = kda_tile<KP>::bytes + kda_prepare_room<KP>::bytes;
-    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<KP>, kda_tile_source_of(p), kda_sequences_of(p, table), (int)count, (int)p->HV,
+    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<KP>, kda_tile_source_of(p), kda_sequences_of(p, table), (int)count, (int)p->HV, step,
                      (unsigned char *)tiles);
 }
 

@@ -80,15 +80,15 @@ __device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_sou
     const uint16_t *q = s.q + token * s.q_stride + h * s.K, *k = s.k + token * s.k_stride + h * s.K;
     const uint16_t *g = s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr;
     uint32_t rest = kda_gate_rest(s.gate);
-    if (s.g_wide)
+    if (__builtin_expect(s.g_wide, 1))
         kda_load_wide<KP>(room + at::g, g, s.g_stride, tokens, s.K, rest, thread);
     else
         kda_load_narrow<KP>(room + at::g, g, s.g_stride, tokens, s.K, s.G ? s.K / s.G : 1, rest, thread);
-    if (s.k_wide)
+    if (__builtin_expect(s.k_wide, 1))
         kda_load_wide<KP>(room + at::k, k, s.k_stride, tokens, s.K, 0, thread);
     else
         kda_load_narrow<KP>(room + at::k, k, s.k_stride, tokens, s.K, 1, 0, thread);
-    if (s.q_wide)
+    if (__builtin_expect(s.q_wide, 1))
         kda_load_wide<KP>(room + at::q, q, s.q_stride, tokens, s.K, 0, thread);
     else
         kda_load_narrow<KP>(room + at::q, q, s.q_stride, tokens, s.K, 1, 0, thread);
@@ -96,21 +96,19 @@ __device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_sou
     return {thread < tokens ? s.beta[(token + thread) * s.beta_stride + hv] : 0u};
 }
 
-/* Asks for the rows ahead of kda_prepare_load, so that it finds them in the second cache: a row a thread. */
+/* Asks for the rows ahead of kda_prepare_load, so that it finds them in the second cache: four threads a row. */
 template <int KP>
 __device__ __forceinline__ void kda_prepare_fetch(const kda_tile_source &s, int hv, int64_t token, int tokens, int thread)
 {
-    int row = thread & 31;
-    if (row >= tokens)
+    int row = thread >> 2, at = (thread & 3) * 64;
+    if (row >= tokens || at >= s.K)
         return;
     token += row;
     int64_t h = s.share == 1 ? hv : hv / s.share;
-    if (thread < 32 && s.q_wide)
-        kl_prefetch(s.q + token * s.q_stride + h * s.K, 2 * s.K);
-    if (thread >> 5 == 1 && s.k_wide)
-        kl_prefetch(s.k + token * s.k_stride + h * s.K, 2 * s.K);
-    if (thread >> 5 == 2 && s.g_wide)
-        kl_prefetch(s.g + token * s.g_stride + (int64_t)hv * s.G, 2 * s.K);
+    kl_prefetch(s.q + token * s.q_stride + h * s.K + at);
+    kl_prefetch(s.k + token * s.k_stride + h * s.K + at);
+    if (s.G == s.K)
+        kl_prefetch(s.g + token * s.g_stride + (int64_t)hv * s.G + at);
 }
 
 /* Factors that bring the rows to length one, and q to its scale: a warp takes 16 rows of k or of q. */
@@ -209,7 +207,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     /* This warp's diagonal block: k (warps 0, 1) or q (2, 3) against k. */
     float c[8] = {};
     deep = vote[0] | vote[1] | vote[2] | vote[3];
-    if (deep)
+    if (__builtin_expect(deep, 0))
         kda_diagonal_by_levels(c, s, head, scale, a, room, tile, thread, barrier);
 #pragma unroll
     for (int u = 0; u < own_t::units; u++) {
@@ -265,18 +263,16 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
         kda_read_diagonal(diagonal, T, warp - 2);
         kda_write_Tb(Tb, 2 * (warp - 2), diagonal, beta + 16 * (warp - 2));
     }
+    constexpr int count = KP / 64;
+    kda_kr<count> fragments;
+    fragments.read(kr, warp * count);
     rows_are_free();
     kl_barrier(barrier, KDA_GROUP);
 
-#pragma unroll
-    for (int n = 0; n < KP / 64; n++) {
-        if (s.no_delta) {
-            uint32_t zero[4] = {};
-            kda_write_block(kr, 4 * (warp * (KP / 64) + n) / 2, zero);
-            kda_write_block(kr, 4 * (warp * (KP / 64) + n) / 2 + 1, zero);
-        } else
-            kda_make_w<KP>(tile, block_decay, warp * (KP / 64) + n);
-    }
+    if (s.no_delta)
+        kda_clear_w<count>(kr, warp * count);
+    else
+        kda_make_w<count>(kr, Tb, fragments, block_decay, warp * count);
     kl_fence_async_shared();
     kl_barrier(barrier, KDA_GROUP);
 }

@@ -25,7 +25,7 @@ template <int KP> struct kda_owner {
     }
     __device__ __forceinline__ bool idle() const { return KP < 128 && c >= KP; }
     /* Byte offset of token i of the block. */
-    __device__ __forceinline__ int at(int i) const { return (offset ^ (i & 7) << 4) + 128 * (i >> 3); }
+    __device__ __forceinline__ int at(int i) const { return (offset ^ (i & 7) << 4) + 128 * i; }
 };
 
 struct kda_pair {

@@ -11,7 +11,7 @@ __device__ __forceinline__ void kda_load_wide(unsigned char *rows, const uint16_
 {
     constexpr int cells = KP / 8, step = 128 / cells;
     int c = thread % cells;
-    if (tokens == 32 && K == KP) {
+    if (__builtin_expect(tokens == 32 && K == KP, 1)) {
         const uint16_t *from = x + (thread / cells) * stride + 8 * c;
 #pragma unroll
         for (int j = 0; j < 32 / step; j++, from += step * stride)

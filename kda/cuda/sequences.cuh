@@ -50,11 +50,14 @@ static inline size_t kda_sequences_bytes(const kda_problem *p)
 kda_sequences kda_sequences_of(const kda_problem *p, const void *table);
 kl_status kda_sequences_upload(const kl_ctx *ctx, const kda_problem *p, void *table);
 
+/* ceil(a / b), b a power of two. */
+__device__ __forceinline__ int64_t kda_pieces(int64_t a, int b) { return (a + b - 1) >> (__ffs((uint32_t)b) - 1); }
+
 __device__ __forceinline__ kda_place kda_place_of(const kda_sequences &s, int64_t n)
 {
     if (!s.row) {
-        int64_t tiles = (s.T + s.tile - 1) / s.tile;
-        return {n * s.T, s.T, n * tiles, tiles, n * ((s.T + s.chunk - 1) / s.chunk)};
+        int64_t tiles = kda_pieces(s.T, s.tile);
+        return {n * s.T, s.T, n * tiles, tiles, n * kda_pieces(s.T, s.chunk)};
     }
     kda_sequence_row a = s.row[n], b = s.row[n + 1];
     return {a.begin, b.begin - a.begin, a.tile, b.tile - a.tile, a.chunk};
@@ -71,7 +74,7 @@ __device__ __forceinline__ int kda_tokens_of(const kda_sequences &s, const kda_p
 __device__ __forceinline__ int64_t kda_sequence_of_tile(const kda_sequences &s, int64_t tile)
 {
     if (!s.row)
-        return tile / ((s.T + s.tile - 1) / s.tile);
+        return tile / kda_pieces(s.T, s.tile);
     int64_t low = 0, high = s.N; /* row[low].tile <= tile < row[high].tile */
     while (high - low > 1) {
         int64_t middle = (low + high) / 2;
