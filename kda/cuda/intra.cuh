@@ -50,18 +50,22 @@ __device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char
     }
 }
 
-/* |x_(t+i)|^2 of 16 rows, in part: the lanes that hold the diagonal of the products. */
-template <int KP> __device__ __forceinline__ void kda_rows_squares(float top[4], float bottom[4], const unsigned char *x, int t)
+/* |x_(t+i)|^2 of rows g and g + 8, g = lane / 4, in the lanes t = g / 2 that hold the diagonal of the products. */
+template <int KP> __device__ __forceinline__ void kda_rows_squares(float squares[2], const unsigned char *x, int t)
 {
+    float part[4][4] = {};
     kda_fragments rows = kda_fragments::rows(t);
 #pragma unroll
     for (int s = 0; s < KP / 16; s++) {
         uint32_t a[4];
         kl_ldmatrix4(a, x + rows.at(s));
         uint32_t left[2] = {a[0], a[2]}, right[2] = {a[1], a[3]};
-        kl_mma(top, a, left);
-        kl_mma(bottom, a, right);
+        kl_mma(part[2 * (s & 1)], a, left);
+        kl_mma(part[2 * (s & 1) + 1], a, right);
     }
+    bool odd = kl_lane() & 4;
+    squares[0] = odd ? part[0][1] + part[2][1] : part[0][0] + part[2][0];
+    squares[1] = odd ? part[1][3] + part[3][3] : part[1][2] + part[3][2];
 }
 
 /* C fragments of [i x j] are, packed, the words of a tile's block [k = j][n = i]. */
@@ -70,7 +74,12 @@ __device__ __forceinline__ void kda_write_transposed(unsigned char *matrix, int 
     uint32_t f[4] = {kl_pack_bf16(c[0], c[1]), kl_pack_bf16(c[4], c[5]), kl_pack_bf16(c[2], c[3]), kl_pack_bf16(c[6], c[7])};
     kda_write_block(matrix, b, f);
 }
-/* The same block read back as an A fragment [i x j]. */
+/* The same block from and to an A fragment [i x j]. */
+__device__ __forceinline__ void kda_write_fragment(unsigned char *matrix, int b, const uint32_t a[4])
+{
+    uint32_t f[4] = {a[0], a[2], a[1], a[3]};
+    kda_write_block(matrix, b, f);
+}
 __device__ __forceinline__ void kda_read_transposed(uint32_t a[4], const unsigned char *matrix, int b)
 {
     uint32_t f[4];
@@ -148,24 +157,28 @@ __device__ __forceinline__ void kda_split_product(float c[8], const float x[8], 
         uint32_t h[2], l[2];
         kda_split(h[0], l[0], y[n][0], y[n][1]);
         kda_split(h[1], l[1], y[n][2], y[n][3]);
-        kl_mma(c + 4 * n, low, h);
-        kl_mma(c + 4 * n, high, l);
+        float small[4] = {}, cross[4] = {};
+        kl_mma(small, low, h);
+        kl_mma(cross, high, l);
         kl_mma(c + 4 * n, high, h);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            c[4 * n + e] += small[e] + cross[e];
     }
 }
 
-/* T10 = -T11 A10 T00 with A10 transposed in C fragments [j x i]; beta of the second block's tokens scales its rows. */
-__device__ __forceinline__ void kda_invert_across(float c[8], const float A10t[8], const float *T, const float *beta)
+/* c = T10 = -T11 A10 T00 with A10 transposed in C fragments [j x i]; beta of the second block's tokens scales its rows. c may be
+ * A10t. */
+__device__ __forceinline__ void kda_invert_across(float c[8], const float A10t[8], const float T11[8], const float *T, const float *beta)
 {
     int g = kl_lane() >> 2, t = kl_lane() & 3;
     float b[4] = {beta[2 * t], beta[2 * t + 1], beta[2 * t + 8], beta[2 * t + 9]};
-    float A10[2][4], T11[8], T00[2][4], y[8] = {};
+    float A10[2][4], T00[2][4], y[8] = {};
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
             A10[n][e] = -b[e] * A10t[4 * (e >> 1) + 2 * n + (e & 1)];
-    kda_read_diagonal(T11, T, 1);
     kda_split_product(y, T11, A10);
 #pragma unroll
     for (int n = 0; n < 2; n++)
@@ -181,55 +194,60 @@ __device__ __forceinline__ void kda_invert_across(float c[8], const float A10t[8
     kda_split_product(c, y, T00);
 }
 
-/* Block b of Tb: T's block times beta of its columns. */
-__device__ __forceinline__ void kda_write_Tb(unsigned char *Tb, int b, const float T[8], const float *beta)
+/* Tb = T Diag(beta): a block of T, beta of its columns, as an A fragment [i x j]. */
+__device__ __forceinline__ void kda_scaled(uint32_t a[4], const float T[8], const float *beta)
 {
-    float c[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-        c[e] = T[e] * beta[kda_block_column(e)];
-    kda_write_transposed(Tb, b, c);
+    float2 left = *(const float2 *)(beta + 2 * (kl_lane() & 3)), right = *(const float2 *)(beta + 2 * (kl_lane() & 3) + 8);
+    a[0] = kl_pack_bf16(left.x * T[0], left.y * T[1]);
+    a[1] = kl_pack_bf16(left.x * T[2], left.y * T[3]);
+    a[2] = kl_pack_bf16(right.x * T[4], right.y * T[5]);
+    a[3] = kl_pack_bf16(right.x * T[6], right.y * T[7]);
 }
 
 /* ---- w ----
  * w_0 = Tb00 kr_0,  w_1 = (Tb11 kr_1) P_0 + Tb10 kr_0, where kr counts decays from its own block's start and P_0 is the
- * first block's decay. kr lies where w will be, so all of it is read before any w is written. */
-template <int count> struct kda_kr {
-    uint32_t r[count][2][4]; /* channels 16 (s + n)..; block; B fragments [token x channel] */
-    __device__ __forceinline__ void read(const unsigned char *kr, int s)
+ * first block's decay; a warp makes 16 count channels from 16 s on. kr lies where w will be: all of it is read in begin, by
+ * all warps, before any w is written in end. */
+template <int count> struct kda_w {
+    uint32_t kr0[count][4];
+    float w0[count][8], w1[count][8];
+
+    __device__ __forceinline__ void begin(const unsigned char *kr, const uint32_t Tb00[4], const uint32_t Tb11[4], const float *P0, int s)
     {
         kda_fragments first = kda_fragments::rows(0), second = kda_fragments::rows(16);
 #pragma unroll
         for (int n = 0; n < count; n++) {
-            kl_ldmatrix4_trans(r[n][0], kr + first.at(s + n));
-            kl_ldmatrix4_trans(r[n][1], kr + second.at(s + n));
+            uint32_t kr1[4];
+            kl_ldmatrix4_trans(kr1, kr + second.at(s + n));
+            kl_ldmatrix4_trans(kr0[n], kr + first.at(s + n));
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                w0[n][e] = w1[n][e] = 0.0f;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float2 p = *(const float2 *)(P0 + 16 * (s + n) + 8 * h + 2 * (kl_lane() & 3));
+                kl_mma(w1[n] + 4 * h, Tb11, kr1 + 2 * h);
+                kl_mma(w0[n] + 4 * h, Tb00, kr0[n] + 2 * h);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    w1[n][4 * h + e] *= e & 1 ? p.y : p.x;
+            }
+        }
+    }
+    __device__ __forceinline__ void end(unsigned char *w, const unsigned char *Tb, int s)
+    {
+        uint32_t Tb10[4];
+        kda_read_transposed(Tb10, Tb, 1);
+#pragma unroll
+        for (int n = 0; n < count; n++) {
+            kda_write_transposed(w, 2 * (s + n), w0[n]);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                kl_mma(w1[n] + 4 * h, Tb10, kr0[n] + 2 * h);
+            kda_write_transposed(w, 2 * (s + n) + 1, w1[n]);
         }
     }
 };
-
-template <int count> __device__ __forceinline__ void kda_make_w(unsigned char *w, const unsigned char *Tb, const kda_kr<count> &kr, const float *P0, int s)
-{
-    uint32_t Tb00[4], Tb10[4], Tb11[4];
-    kda_read_transposed(Tb00, Tb, 0);
-    kda_read_transposed(Tb10, Tb, 1);
-    kda_read_transposed(Tb11, Tb, 2);
-#pragma unroll
-    for (int n = 0; n < count; n++) {
-        float w0[8] = {}, w1[8] = {};
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float2 p = *(const float2 *)(P0 + 16 * (s + n) + 8 * h + 2 * (kl_lane() & 3));
-            kl_mma(w1 + 4 * h, Tb11, kr.r[n][1] + 2 * h);
-            kl_mma(w0 + 4 * h, Tb00, kr.r[n][0] + 2 * h);
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                w1[4 * h + e] *= e & 1 ? p.y : p.x;
-            kl_mma(w1 + 4 * h, Tb10, kr.r[n][0] + 2 * h);
-        }
-        kda_write_transposed(w, 2 * (s + n), w0);
-        kda_write_transposed(w, 2 * (s + n) + 1, w1);
-    }
-}
 
 /* Without erasing. */
 template <int count> __device__ __forceinline__ void kda_clear_w(unsigned char *w, int s)

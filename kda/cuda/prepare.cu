@@ -7,10 +7,7 @@
 
 namespace {
 
-struct tile_span {
-    int64_t token;
-    int tokens;
-};
+enum { RESIDENT = 2 }; /* groups a multiprocessor: more fight over memory */
 
 /* gridDim.x as so many tiles of all heads and so many heads. */
 struct walk_step {
@@ -40,35 +37,33 @@ struct walk {
             find(s);
         return tile < tiles;
     }
-    __device__ __forceinline__ tile_span span(const kda_sequences &s) const
+    __device__ __forceinline__ kda_tile_rows rows(const kda_tile_source &source, const kda_sequences &s, int thread) const
     {
         kda_place place = kda_place_of(s, n);
         int64_t first = (tile - place.tile) * s.tile;
-        return {place.begin + first, (int)min((int64_t)s.tile, place.length - first)};
+        return kda_locate_rows(source, hv, place.begin + first, (int)min((int64_t)s.tile, place.length - first), thread);
     }
 };
 
 /* Groups walk over the pairs, a block each, the next pair's rows on their way while one is made. */
 template <int KP>
-__global__ void __launch_bounds__(KDA_GROUP, KP > 128 ? 1 : 4)
+__global__ void __launch_bounds__(KDA_GROUP, RESIDENT)
 prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_constant__ kda_sequences sequences, int tile_count, int HV, walk_step step, unsigned char *tiles)
 {
     KL_SHARED(shared);
     unsigned char *tile = shared, *room = shared + kda_tile<KP>::bytes;
     int thread = (int)threadIdx.x;
     walk at(sequences, HV);
-    tile_span span = at.span(sequences);
-    kda_prepare_ahead ahead = kda_prepare_load<KP>(source, at.hv, span.token, span.tokens, room, thread);
+    kda_tile_rows rows = at.rows(source, sequences, thread);
+    kda_prepare_ahead ahead = kda_prepare_load<KP>(source, rows, room, thread);
     kda_prepare_head<KP> head = kda_prepare_head_of<KP>(source, at.hv, thread);
     for (bool more = true; more;) {
         unsigned char *to = tiles + ((int64_t)at.tile * HV + at.hv) * kda_tile<KP>::bytes;
-        kda_prepare_ahead next_ahead = ahead;
-        kda_prepare_head<KP> next_head = head;
-        int tokens = span.tokens;
+        int tokens = rows.tokens;
         more = at.next(sequences, tile_count, HV, step);
         if (more) {
-            span = at.span(sequences);
-            kda_prepare_fetch<KP>(source, at.hv, span.token, span.tokens, thread);
+            rows = at.rows(source, sequences, thread);
+            kda_fetch_rows<KP>(source, rows, thread);
         }
         auto wait_for_tile = [&] {
             if (thread == 0)
@@ -77,16 +72,14 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
         auto load_next = [&] {
             if (!more)
                 return;
-            next_ahead = kda_prepare_load<KP>(source, at.hv, span.token, span.tokens, room, thread);
-            next_head = kda_prepare_head_of<KP>(source, at.hv, thread);
+            ahead = kda_prepare_load<KP>(source, rows, room, thread);
+            head = kda_prepare_head_of<KP>(source, at.hv, thread);
         };
         kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, 1, wait_for_tile, load_next);
         if (thread == 0) {
             kl_bulk_store(to, tile, kda_tile<KP>::bytes);
             kl_bulk_commit();
         }
-        ahead = next_ahead;
-        head = next_head;
     }
     if (thread == 0)
         kl_bulk_wait<0>();
@@ -94,7 +87,7 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
 
 template <int KP> kl_status launch(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
 {
-    int64_t count = kda_tile_count(p), resident = (int64_t)kl_gpu_multiprocessors(ctx) * (KP > 128 ? 1 : 4);
+    int64_t count = kda_tile_count(p), resident = (int64_t)kl_gpu_multiprocessors(ctx) * RESIDENT;
     kl_grid g;
     g.x = count * p->HV < resident ? count * p->HV : resident;
     walk_step step = {(int)(g.x / p->HV), (int)(g.x % p->HV)};
@@ -104,7 +97,7 @@ template <int KP> kl_status launch(const kl_ctx *ctx, const kda_problem *p, cons
                      (unsigned char *)tiles);
 }
 
-bool wide(const void *x, int64_t stride, int64_t K) { return (uintptr_t)x % 16 == 0 && stride % 8 == 0 && K % 8 == 0; }
+bool aligned(const void *x, int64_t stride) { return (uintptr_t)x % 16 == 0 && stride % 8 == 0; }
 
 } // namespace
 
@@ -130,9 +123,7 @@ kda_tile_source kda_tile_source_of(const kda_problem *p)
     s.scale = kda_scale(p->scale, p->K);
     s.qk_l2norm = p->qk_l2norm;
     s.no_delta = p->no_delta;
-    s.q_wide = wide(p->q, s.q_stride, p->K);
-    s.k_wide = wide(p->k, s.k_stride, p->K);
-    s.g_wide = p->G == p->K && wide(p->g, s.g_stride, p->K);
+    s.wide = p->G == p->K && p->K == kda_padded(p->K) && aligned(p->q, s.q_stride) && aligned(p->k, s.k_stride) && aligned(p->g, s.g_stride);
     return s;
 }
 

@@ -1,7 +1,8 @@
 /* Preparation of one tile of one head by a group: four warps that meet at a named barrier of their own, so that several
  * groups can work in one block.
  *
- *     kda_prepare_ahead ahead = kda_prepare_load<KP>(source, hv, token, tokens, room, thread);
+ *     kda_tile_rows rows = kda_locate_rows(source, hv, token, tokens, thread);
+ *     kda_prepare_ahead ahead = kda_prepare_load<KP>(source, rows, room, thread);
  *     kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, barrier, [&] { wait for tile }, [&] { the next load });
  *
  * load starts asynchronous copies of the raw rows into the group's room and returns at once; tile waits for them and makes
@@ -19,17 +20,6 @@
 
 enum { KDA_GROUP = 128 }; /* threads of a group */
 
-/* What preparation reads: pointers, strides in elements, options with their defaults resolved. */
-struct kda_tile_source {
-    const uint16_t *q, *k, *g, *beta;
-    const float *A_log, *dt_bias;
-    int64_t q_stride, k_stride, g_stride, beta_stride;
-    int K, G, share; /* share: value heads a query/key head */
-    int gate, beta_kind;
-    float lower_bound, scale;
-    bool qk_l2norm, no_delta;
-    bool q_wide, k_wide, g_wide; /* rows of a head are whole, aligned 16-byte pieces */
-};
 kda_tile_source kda_tile_source_of(const kda_problem *p);
 
 /* What a thread keeps of a value head: the gate's parameters for its channels. */
@@ -70,65 +60,23 @@ __device__ __forceinline__ kda_prepare_head<KP> kda_prepare_head_of(const kda_ti
     return head;
 }
 
-/* Tokens [token, token + tokens) of the packed tensors, 1..32 of them. */
 template <int KP>
-__device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *room,
-                                                              int thread)
+__device__ __forceinline__ kda_prepare_ahead kda_prepare_load(const kda_tile_source &s, const kda_tile_rows &rows, unsigned char *room, int thread)
 {
     using at = kda_prepare_room<KP>;
-    int64_t h = s.share == 1 ? hv : hv / s.share;
-    const uint16_t *q = s.q + token * s.q_stride + h * s.K, *k = s.k + token * s.k_stride + h * s.K;
-    const uint16_t *g = s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr;
-    uint32_t rest = kda_gate_rest(s.gate);
-    if (__builtin_expect(s.g_wide, 1))
-        kda_load_wide<KP>(room + at::g, g, s.g_stride, tokens, s.K, rest, thread);
-    else
-        kda_load_narrow<KP>(room + at::g, g, s.g_stride, tokens, s.K, s.G ? s.K / s.G : 1, rest, thread);
-    if (__builtin_expect(s.k_wide, 1))
-        kda_load_wide<KP>(room + at::k, k, s.k_stride, tokens, s.K, 0, thread);
-    else
-        kda_load_narrow<KP>(room + at::k, k, s.k_stride, tokens, s.K, 1, 0, thread);
-    if (__builtin_expect(s.q_wide, 1))
-        kda_load_wide<KP>(room + at::q, q, s.q_stride, tokens, s.K, 0, thread);
-    else
-        kda_load_narrow<KP>(room + at::q, q, s.q_stride, tokens, s.K, 1, 0, thread);
-    kl_copy_commit();
-    return {thread < tokens ? s.beta[(token + thread) * s.beta_stride + hv] : 0u};
+    kda_load_rows<KP>(s, rows, room + at::q, room + at::k, room + at::g, thread);
+    return {thread < rows.tokens ? s.beta[(rows.token + thread) * s.beta_stride + rows.hv] : 0u};
 }
 
-/* Asks for the rows ahead of kda_prepare_load, so that it finds them in the second cache: four threads a row. */
-template <int KP>
-__device__ __forceinline__ void kda_prepare_fetch(const kda_tile_source &s, int hv, int64_t token, int tokens, int thread)
+/* Factors that bring 16 rows to length one, and q to its scale, by the lanes that hold the squares. */
+__device__ __forceinline__ void kda_write_norms(float *norm, const float squares[2], float scale)
 {
-    int row = thread >> 2, at = (thread & 3) * 64;
-    if (row >= tokens || at >= s.K)
-        return;
-    token += row;
-    int64_t h = s.share == 1 ? hv : hv / s.share;
-    kl_prefetch(s.q + token * s.q_stride + h * s.K + at);
-    kl_prefetch(s.k + token * s.k_stride + h * s.K + at);
-    if (s.G == s.K)
-        kl_prefetch(s.g + token * s.g_stride + (int64_t)hv * s.G + at);
+    int g = kl_lane() >> 2;
+    if (g >> 1 == (kl_lane() & 3)) {
+        norm[g] = scale * kl_rsqrt(squares[0] + 1e-6f);
+        norm[g + 8] = scale * kl_rsqrt(squares[1] + 1e-6f);
+    }
 }
-
-/* Factors that bring the rows to length one, and q to its scale: a warp takes 16 rows of k or of q. */
-template <int KP> struct kda_row_norms {
-    float top[4], bottom[4];
-    __device__ __forceinline__ void begin(const unsigned char *rows, int t)
-    {
-        for (int e = 0; e < 4; e++)
-            top[e] = bottom[e] = 0.0f;
-        kda_rows_squares<KP>(top, bottom, rows, t);
-    }
-    __device__ __forceinline__ void end(float *norm, float scale)
-    {
-        int g = kl_lane() >> 2, t = kl_lane() & 3;
-        if (g >> 1 == t) {
-            norm[g] = scale * kl_rsqrt((g & 1 ? top[1] : top[0]) + 1e-6f);
-            norm[g + 8] = scale * kl_rsqrt((g & 1 ? bottom[3] : bottom[2]) + 1e-6f);
-        }
-    }
-};
 
 /* The diagonal blocks by levels; c is this warp's block. The tile's w and kg serve as scratch. */
 template <int KP>
@@ -143,7 +91,7 @@ __device__ __forceinline__ void kda_diagonal_by_levels(float c[8], const kda_til
 #pragma unroll 1
     for (int m = 16; m;) {
         m /= 2;
-#pragma unroll 1
+#pragma unroll
         for (int u = 0; u < own_t::units; u++) {
             own_t own(thread, u);
             if (own.idle())
@@ -178,9 +126,9 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     kl_barrier(barrier, KDA_GROUP);
 
     /* Norms, decays of the blocks, beta. */
-    kda_row_norms<KP> norms;
+    float squares[2] = {};
     if (s.qk_l2norm)
-        norms.begin(room + (of_q ? at::q : at::k), 16 * b);
+        kda_rows_squares<KP>(squares, room + (of_q ? at::q : at::k), 16 * b);
     kda_pair a[16], sum;
     bool deep = false;
 #pragma unroll
@@ -193,7 +141,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
         *(float2 *)(block_decay + own.block * KP + own.c) = make_float2(kl_exp2(sum.x), kl_exp2(sum.y));
     }
     if (s.qk_l2norm)
-        norms.end(norm + 32 * of_q + 16 * b, of_q ? s.scale : 1.0f);
+        kda_write_norms(norm + 32 * of_q + 16 * b, squares, of_q ? s.scale : 1.0f);
     else if (kl_lane() < 16)
         norm[32 * of_q + 16 * b + kl_lane()] = of_q ? s.scale : 1.0f;
     if (thread < 32)
@@ -243,36 +191,42 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     /* T of the diagonal blocks, beside what goes from block 0 to block 1. */
     if (warp == 0)
         kda_invert_diagonal(T);
-    if (warp == 1)
+    if (warp == 1) {
         kda_rows_product<KP>(c, ke, 0, kr, 16);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            c[e] = s.no_delta ? 0.0f : c[e];
+    }
     if (warp == 2) {
         kda_rows_product<KP>(c, qr, 16, ke, 0);
         kda_write_transposed(Aqk, 1, c);
     }
     kl_barrier(barrier, KDA_GROUP);
 
+    /* From block 0 to block 1, beside all of w that does not need it. */
+    float T00[8], T11[8];
+    uint32_t Tb00[4], Tb10[4], Tb11[4];
+    kda_read_diagonal(T00, T, 0);
+    kda_read_diagonal(T11, T, 1);
     if (warp == 1) {
-        float T10[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-            c[e] = s.no_delta ? 0.0f : c[e];
-        kda_invert_across(T10, c, T, beta + 16);
-        kda_write_Tb(Tb, 1, T10, beta);
-    } else if (warp != 0) {
-        float diagonal[8];
-        kda_read_diagonal(diagonal, T, warp - 2);
-        kda_write_Tb(Tb, 2 * (warp - 2), diagonal, beta + 16 * (warp - 2));
+        kda_invert_across(c, c, T11, T, beta + 16);
+        kda_scaled(Tb10, c, beta);
+        kda_write_fragment(Tb, 1, Tb10);
     }
+    kda_scaled(Tb00, T00, beta);
+    kda_scaled(Tb11, T11, beta + 16);
+    if (warp >= 2)
+        kda_write_fragment(Tb, 2 * (warp - 2), warp == 2 ? Tb00 : Tb11);
     constexpr int count = KP / 64;
-    kda_kr<count> fragments;
-    fragments.read(kr, warp * count);
+    kda_w<count> w;
+    w.begin(kr, Tb00, Tb11, block_decay, warp * count);
     rows_are_free();
     kl_barrier(barrier, KDA_GROUP);
 
     if (s.no_delta)
         kda_clear_w<count>(kr, warp * count);
     else
-        kda_make_w<count>(kr, Tb, fragments, block_decay, warp * count);
+        w.end(kr, Tb, warp * count);
     kl_fence_async_shared();
     kl_barrier(barrier, KDA_GROUP);
 }

@@ -1,36 +1,53 @@
-/* The raw rows of a tile: from the packed tensors into cells of shared memory. */
+/* The raw rows of a tile: what preparation reads of a problem, and how it comes into cells of shared memory. */
 #ifndef KL_KDA_CUDA_PREPARE_ROWS_CUH
 #define KL_KDA_CUDA_PREPARE_ROWS_CUH
 
 #include "kda/cuda/gates.cuh"
 #include "kda/cuda/intra.cuh"
 
-/* x: [token][K] of one head, the first token's; rest fills what lies beyond the sequence or beyond K. */
-template <int KP>
-__device__ __forceinline__ void kda_load_wide(unsigned char *rows, const uint16_t *x, int64_t stride, int tokens, int K, uint32_t rest, int thread)
+/* Pointers, strides in elements, options with their defaults resolved. */
+struct kda_tile_source {
+    const uint16_t *q, *k, *g, *beta;
+    const float *A_log, *dt_bias;
+    int64_t q_stride, k_stride, g_stride, beta_stride;
+    int K, G, share; /* share: value heads a query/key head */
+    int gate, beta_kind;
+    float lower_bound, scale;
+    bool qk_l2norm, no_delta;
+    bool wide; /* rows of q, k and g are whole, aligned 16-byte pieces, and K = KP */
+};
+
+/* A tile's place in the tensors, and a thread's own in its rows: four threads a row, 16 bytes apart. */
+struct kda_tile_rows {
+    const uint16_t *q, *k, *g;
+    int64_t token; /* the first; tokens, 1..32, follow */
+    int tokens, hv;
+};
+
+__device__ __forceinline__ int64_t kda_key_head(const kda_tile_source &s, int hv) { return s.share == 1 ? hv : hv / s.share; }
+
+__device__ __forceinline__ kda_tile_rows kda_locate_rows(const kda_tile_source &s, int hv, int64_t token, int tokens, int thread)
 {
-    constexpr int cells = KP / 8, step = 128 / cells;
-    int c = thread % cells;
-    if (__builtin_expect(tokens == 32 && K == KP, 1)) {
-        const uint16_t *from = x + (thread / cells) * stride + 8 * c;
-#pragma unroll
-        for (int j = 0; j < 32 / step; j++, from += step * stride)
-            kl_copy16(rows + kda_cell(thread / cells + j * step, c), from);
+    int64_t row = token + (thread >> 2), h = kda_key_head(s, hv) * s.K + 8 * (thread & 3);
+    return {s.q + row * s.q_stride + h, s.k + row * s.k_stride + h, s.g + row * s.g_stride + (int64_t)hv * s.G + 8 * (thread & 3), token, tokens, hv};
+}
+
+/* Asks for rows ahead of kda_load_rows, so that it finds them in the second cache. */
+template <int KP> __device__ __forceinline__ void kda_fetch_rows(const kda_tile_source &s, const kda_tile_rows &at, int thread)
+{
+    if (!s.wide || thread >> 2 >= at.tokens || thread & 1)
         return;
-    }
-#pragma unroll 1
-    for (int j = 0; j < 32 / step; j++) {
-        int token = thread / cells + j * step;
-        unsigned char *cell = rows + kda_cell(token, c);
-        bool there = token < tokens && 8 * c < K;
-        if (there || !rest)
-            kl_copy16(cell, there ? x + token * stride + 8 * c : x, there);
-        else
-            *(uint4 *)cell = make_uint4(rest, rest, rest, rest);
+#pragma unroll
+    for (int c = 0; c < KP; c += 128) { /* threads 2, 6, .. of 128-byte aligned rows meet the second line */
+        int second = c + (KP > 64 && thread & 2 ? 64 : 0);
+        kl_prefetch(at.q + second);
+        kl_prefetch(at.k + second);
+        kl_prefetch(at.g + second);
     }
 }
 
-/* The same from any address: channel c's number is x[c / block], block >= 1; nothing: G = 0. */
+/* Any alignment, any K: element by element. x: [token][K] of one head; channel c's number is x[c / block]; rest fills what
+ * lies beyond the sequence or beyond K, and all of it without x. */
 template <int KP>
 __device__ __forceinline__ void kda_load_narrow(unsigned char *rows, const uint16_t *x, int64_t stride, int tokens, int K, int block, uint32_t rest, int thread)
 {
@@ -44,6 +61,56 @@ __device__ __forceinline__ void kda_load_narrow(unsigned char *rows, const uint1
             high = x[token * stride + (c + 1) / block];
         *(uint32_t *)(rows + kda_cell(token, c / 8) + 2 * (c & 7)) = low | high << 16;
     }
+}
+
+/* Whole pieces, as far as the sequence goes. */
+template <int KP> __device__ __forceinline__ void kda_load_part(unsigned char *rows, const uint16_t *x, bool there, uint32_t rest, int thread)
+{
+#pragma unroll 1
+    for (int j = 0; j < KP / 32; j++) {
+        unsigned char *cell = rows + kda_cell(thread >> 2, (thread & 3) + 4 * j);
+        if (there)
+            kl_copy16(cell, x + 32 * j);
+        else
+            *(uint4 *)cell = make_uint4(rest, rest, rest, rest);
+    }
+}
+
+/* What is not whole, kept out of the way of what is. */
+template <int KP>
+__attribute__((noinline)) __device__ void kda_load_other_rows(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *q, unsigned char *k,
+                                                              unsigned char *g, int thread)
+{
+    if (s.wide) {
+        kda_tile_rows at = kda_locate_rows(s, hv, token, tokens, thread);
+        bool there = thread >> 2 < tokens;
+        kda_load_part<KP>(q, at.q, there, 0, thread);
+        kda_load_part<KP>(k, at.k, there, 0, thread);
+        kda_load_part<KP>(g, at.g, there, kda_gate_rest(s.gate), thread);
+        return;
+    }
+    int64_t h = kda_key_head(s, hv) * s.K;
+    kda_load_narrow<KP>(q, s.q + token * s.q_stride + h, s.q_stride, tokens, s.K, 1, 0, thread);
+    kda_load_narrow<KP>(k, s.k + token * s.k_stride + h, s.k_stride, tokens, s.K, 1, 0, thread);
+    kda_load_narrow<KP>(g, s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr, s.g_stride, tokens, s.K, s.G ? s.K / s.G : 1, kda_gate_rest(s.gate), thread);
+}
+
+/* Starts the copies of a tile's rows; returns at once where rows are wide. */
+template <int KP>
+__device__ __forceinline__ void kda_load_rows(const kda_tile_source &s, const kda_tile_rows &at, unsigned char *q, unsigned char *k, unsigned char *g, int thread)
+{
+    if (s.wide && at.tokens == 32) {
+        int cell = kda_cell(thread >> 2, thread & 3);
+#pragma unroll
+        for (int j = 0; j < KP / 32; j++) {
+            int to = (cell ^ (j & 1) << 6) + 4096 * (j >> 1);
+            kl_copy16(g + to, at.g + 32 * j);
+            kl_copy16(k + to, at.k + 32 * j);
+            kl_copy16(q + to, at.q + 32 * j);
+        }
+    } else
+        kda_load_other_rows<KP>(s, at.hv, at.token, at.tokens, q, k, g, thread);
+    kl_copy_commit();
 }
 
 #endif
