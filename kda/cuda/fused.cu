@@ -79,33 +79,39 @@ struct cursor {
 template <class F> __device__ __forceinline__ void prepare(typename F::shared &m, const work &p, int group, int thread, int rank)
 {
     constexpr int KP = F::KP;
-    auto load = [&](const cursor &c) {
-        int i = c.n - c.first;
-        return kda_prepare_load<KP>(p.source, (int)c.path.head, c.path.place.begin + (int64_t)i * p.walk.sequences.tile,
-                                    kda_tokens_of(p.walk.sequences, c.path.place, i), m.room[group], thread);
-    };
     cursor at;
+    auto rows_here = [&] {
+        int i = at.n - at.first;
+        return kda_locate_rows(p.source, (int)at.path.head, at.path.place.begin + (int64_t)i * p.walk.sequences.tile,
+                               kda_tokens_of(p.walk.sequences, at.path.place, i), thread);
+    };
     bool more = at.begin(p, rank + F::BLOCKS * group, F::BLOCKS);
     if (!more)
         return;
-    kda_prepare_head<KP> head = kda_prepare_head_of<KP>(p.source, (int)at.path.head, thread);
-    kda_prepare_ahead ahead = load(at), next_ahead = ahead;
+    kda_tile_rows rows = rows_here();
+    kda_prepare_head<KP> head = kda_prepare_head_of<KP>(p.source, rows.hv, thread);
+    kda_prepare_ahead ahead = kda_prepare_load<KP>(p.source, rows, m.room[group], thread);
     for (int use = 0; more; use++) {
-        cursor next = at;
-        more = next.step(p, GROUPS * F::BLOCKS);
-        if (thread == 0)
-            kl_mbar_wait(&m.vacant[group], (use & 1) ^ 1);
-        kda_prepare_tile<KP>(p.source, head, ahead, kda_tokens_of(p.walk.sequences, at.path.place, at.n - at.first), m.room[group], m.stage[group], thread,
-                             1 + group, [&] {
-                                 if (more)
-                                     next_ahead = load(next);
-                             });
+        int tokens = rows.tokens;
+        more = at.step(p, GROUPS * F::BLOCKS);
+        if (more) {
+            rows = rows_here();
+            kda_fetch_rows<KP>(p.source, rows, thread);
+        }
+        auto wait_for_stage = [&] {
+            if (thread == 0)
+                kl_mbar_wait(&m.vacant[group], (use & 1) ^ 1);
+        };
+        auto load_next = [&] {
+            if (!more)
+                return;
+            if (rows.hv != head.hv)
+                head = kda_prepare_head_of<KP>(p.source, rows.hv, thread);
+            ahead = kda_prepare_load<KP>(p.source, rows, m.room[group], thread);
+        };
+        kda_prepare_tile<KP>(p.source, head, ahead, tokens, m.room[group], m.stage[group], thread, 1 + group, wait_for_stage, load_next);
         if (thread == 0)
             kl_mbar_arrive(&m.ready[group]);
-        if (more && next.pair != at.pair)
-            head = kda_prepare_head_of<KP>(p.source, (int)next.path.head, thread);
-        at = next;
-        ahead = next_ahead;
     }
 }
 

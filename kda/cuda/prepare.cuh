@@ -24,6 +24,7 @@ kda_tile_source kda_tile_source_of(const kda_problem *p);
 
 /* What a thread keeps of a value head: the gate's parameters for its channels. */
 template <int KP> struct kda_prepare_head {
+    int hv;
     float A_log;
     kda_pair dt_bias[kda_owner<KP>::units];
 };
@@ -38,7 +39,7 @@ template <int KP> struct kda_prepare_room {
     static constexpr int rows = 32 * KP * 2;
     static constexpr int q = 0, k = rows, g = 2 * rows, block_decay = 3 * rows /* float [2][KP] */,
                          T = block_decay + 8 * KP, norm = T + KDA_T_BYTES /* float [2][32]: of k, of q */,
-                         beta = norm + 256 /* float [32] */, vote = beta + 128 /* int [4] */, bytes = vote + 16;
+                         beta = norm + 256 /* float [32] */, vote = beta + 128 /* int [4]: first deep row by warp */, bytes = vote + 16;
 };
 
 __device__ __forceinline__ int kda_gate_index(const kda_tile_source &s, int c) { return s.G == s.K ? c : c / (s.K / s.G); }
@@ -47,6 +48,7 @@ template <int KP>
 __device__ __forceinline__ kda_prepare_head<KP> kda_prepare_head_of(const kda_tile_source &s, int hv, int thread)
 {
     kda_prepare_head<KP> head = {};
+    head.hv = hv;
     if (s.A_log)
         head.A_log = s.A_log[hv];
     if (s.dt_bias) {
@@ -130,14 +132,17 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     if (s.qk_l2norm)
         kda_rows_squares<KP>(squares, room + (of_q ? at::q : at::k), 16 * b);
     kda_pair a[16], sum;
-    bool deep = false;
+    int first_deep = 16;
 #pragma unroll
     for (int u = 0; u < own_t::units; u++) {
         own_t own(thread, u);
         if (own.idle())
             continue;
         sum = kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
-        deep |= sum.x < -KDA_DEEP || sum.y < -KDA_DEEP;
+        if (__any_sync(0xffffffffu, fminf(sum.x, sum.y) < 1 - KDA_DEEP)) {
+            int row = kda_first_deep(a);
+            first_deep = row < first_deep ? row : first_deep;
+        }
         *(float2 *)(block_decay + own.block * KP + own.c) = make_float2(kl_exp2(sum.x), kl_exp2(sum.y));
     }
     if (s.qk_l2norm)
@@ -146,35 +151,40 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
         norm[32 * of_q + 16 * b + kl_lane()] = of_q ? s.scale : 1.0f;
     if (thread < 32)
         beta[thread] = thread < tokens ? kda_beta_of(s.beta_kind, kl_bf16_low(ahead.beta)) : 0.0f;
-    deep = __any_sync(0xffffffffu, deep);
+    if (__any_sync(0xffffffffu, first_deep < 16))
+        for (int m = 16; m; m /= 2)
+            first_deep = min(first_deep, __shfl_xor_sync(0xffffffffu, first_deep, m));
     if (kl_lane() == 0)
-        vote[warp] = deep;
+        vote[warp] = first_deep;
     tile_is_free();
     kl_barrier(barrier, KDA_GROUP);
 
-    /* This warp's diagonal block: k (warps 0, 1) or q (2, 3) against k. */
-    float c[8] = {};
-    deep = vote[0] | vote[1] | vote[2] | vote[3];
-    if (__builtin_expect(deep, 0))
-        kda_diagonal_by_levels(c, s, head, scale, a, room, tile, thread, barrier);
+    /* This warp's diagonal block: k (warps 0, 1) or q (2, 3) against k; its deep rows. */
+    float c[8] = {}, deep_rows[8] = {};
+    first_deep = min(vote[b], vote[b + 2]);
+    if (__builtin_expect(min(first_deep, min(vote[1 - b], vote[3 - b])) < 16, 0))
+        kda_diagonal_by_levels(deep_rows, s, head, scale, a, room, tile, thread, barrier);
 #pragma unroll
     for (int u = 0; u < own_t::units; u++) {
         own_t own(thread, u);
         if (own.idle())
             continue;
         if (own_t::units > 1)
-            sum = kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
+            kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
         float2 mine = *(const float2 *)(block_decay + own.block * KP + own.c), other = *(const float2 *)(block_decay + (1 - own.block) * KP + own.c);
         if (own.block)
             *(float2 *)(tile + kda_tile<KP>::decay + 4 * own.c) = make_float2(mine.x * other.x, mine.y * other.y);
-        kda_make_operands(a, sum, {other.x, other.y}, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, room + at::g, tile, own);
+        kda_make_operands(a, {other.x, other.y}, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, room + at::g, tile, own);
     }
     kl_barrier(barrier, KDA_GROUP);
 
     unsigned char *kr = tile + kda_tile<KP>::w, *qr = room + at::q, *ke = room + at::k, *kd = room + at::g;
     unsigned char *Tb = tile + kda_tile<KP>::Tb, *Aqk = tile + kda_tile<KP>::Aqk;
-    if (!deep)
-        kda_rows_product<KP>(c, of_q ? qr : kr, 16 * b, kd, 16 * b);
+    kda_rows_product<KP>(c, of_q ? qr : kr, 16 * b, kd, 16 * b);
+    if (first_deep < 16)
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            c[e] = kda_block_row(e) < first_deep ? c[e] : deep_rows[e];
     if (of_q) {
 #pragma unroll
         for (int e = 0; e < 8; e++)

@@ -1,10 +1,11 @@
 /* From raw rows to operands: a thread owns two channels of a block of 16 tokens, walks down its tokens with the product of
  * their decays for what looks back to the block's start (kr, qr, qg), and up again for what looks ahead to its end (ke, kd, kg).
  *
- *     kr_i = k_i P(start->i)   qr_i = q_i P(start->i)   ke_j = k_j P(j->end)   kd_j = ke_j / P(block)
+ *     kr_i = k_i P(start->i)   qr_i = q_i P(start->i)   kd_j = k_j / P(start->j)   ke_j = k_j P(j->end)
  *
- * so that within a block A[i,j] = kr_i . kd_j, and from block 0 to block 1 A[i,j] = kr_i . ke_j. Where a channel decays by
- * more than 2^-KDA_DEEP within a block, kd is not used: then (prepare_levels.cuh) all factors are at most 1. */
+ * so that within a block A[i,j] = kr_i . kd_j, and from block 0 to block 1 A[i,j] = kr_i . ke_j. Rows i that a channel has
+ * decayed to by more than 2^-KDA_DEEP since the start do not use kd: there (prepare_levels.cuh) all factors are at most 1.
+ * Nothing that enters row i depends on a token after i, so none moves a bit of its output. */
 #ifndef KL_KDA_CUDA_PREPARE_OPERANDS_CUH
 #define KL_KDA_CUDA_PREPARE_OPERANDS_CUH
 
@@ -36,7 +37,7 @@ __device__ __forceinline__ kda_pair operator*(kda_pair a, kda_pair b) { return {
 __device__ __forceinline__ kda_pair operator*(float s, kda_pair a) { return {s * a.x, s * a.y}; }
 __device__ __forceinline__ uint32_t kda_packed(kda_pair a) { return kl_pack_bf16(a.x, a.y); }
 
-/* a[i]: the decays of the 16 tokens; returns log2 of their product. */
+/* a[i]: the decays of the 16 tokens; returns log2 of their product, good to tell which blocks are worth a look at deep rows. */
 template <int gate, int KP>
 __device__ __forceinline__ kda_pair kda_decays(kda_pair a[16], const unsigned char *g, const kda_owner<KP> &own, const kda_gate_scale &s, kda_pair bias)
 {
@@ -60,6 +61,19 @@ __device__ __forceinline__ kda_pair kda_decays(int gate, kda_pair a[16], const u
     if (gate == KDA_GATE_SOFTPLUS)
         return kda_decays<KDA_GATE_SOFTPLUS>(a, g, own, s, bias);
     return kda_decays<KDA_GATE_BOUNDED>(a, g, own, s, bias);
+}
+
+/* The first row that two channels have decayed to by more than 2^-KDA_DEEP; 16: none. */
+__device__ __forceinline__ int kda_first_deep(const kda_pair a[16])
+{
+    kda_pair P = {1.0f, 1.0f};
+    int shallow = 0;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        P = P * a[i];
+        shallow += fminf(P.x, P.y) >= 7.8886091e-31f; /* 2^-100 */
+    }
+    return shallow;
 }
 
 /* Where a thread puts its words of qg and kg in the tile. */
@@ -93,10 +107,10 @@ template <int KP> __device__ __forceinline__ void kda_read_rows(kda_pair x[8], c
         x[i] = scale[i] * kda_unpack(raw[i]);
 }
 
-/* a: decays; log2P, P of the block, other of the other block; norm: of k and of q, the block's 16 tokens. k and q are replaced by
- * ke (block 0 only) and qr, g by kd. */
+/* a: decays; other: those of the other block together; norm: of k and of q, the block's 16 tokens. k and q are replaced by ke
+ * (block 0 only) and qr, g by kd. */
 template <int KP>
-__device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair log2P, kda_pair other, const float *k_norm, const float *q_norm,
+__device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair other, const float *k_norm, const float *q_norm,
                                                   unsigned char *k, unsigned char *q, unsigned char *g, unsigned char *tile, const kda_owner<KP> &own)
 {
     kda_owner_slots<KP> slots(own);
@@ -113,11 +127,12 @@ __device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair
             kda_pair x = qn[i - first] * P;
             uint32_t qr = kda_packed(x);
             *(uint32_t *)(kr + at) = kda_packed(kn[i] * P);
+            *(uint32_t *)(g + at) = kl_pack_bf16(kn[i].x * kl_rcp(P.x), kn[i].y * kl_rcp(P.y));
             *(uint32_t *)(q + at) = qr;
             *(uint32_t *)(qg + slots.qg_at(i)) = own.block ? kda_packed(x * other) : qr;
         }
     }
-    kda_pair inverse = {kl_exp2(-log2P.x), kl_exp2(-log2P.y)}, ahead = own.block ? kda_pair{1.0f, 1.0f} : other, next = {0.0f, 0.0f};
+    kda_pair ahead = own.block ? kda_pair{1.0f, 1.0f} : other, next = {0.0f, 0.0f};
     uint32_t words[2][4]; /* channel; kg of tokens 8.. in pairs */
     P = {1.0f, 1.0f};
 #pragma unroll
@@ -125,7 +140,6 @@ __device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair
         int at = own.at(i);
         kda_pair ke = kn[i] * P, x = ke * ahead;
         P = P * a[i];
-        *(uint32_t *)(g + at) = kda_packed(ke * inverse);
         if (!own.block)
             *(uint32_t *)(k + at) = kda_packed(ke);
         if (i & 1) {
