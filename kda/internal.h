@@ -5,7 +5,9 @@
 
 #include <math.h>
 
+#include "kda/conv.h"
 #include "kda/dplr.h"
+#include "kda/gated_norm.h"
 #include "kda/kda.h"
 
 /* Tokens [begin, begin + length) of the packed tensors. */
@@ -42,6 +44,19 @@ int64_t kda_longest(int64_t T, int64_t N, const int64_t *cu_seqlens);
 
 /* The checks that KDA, DPLR and the convolution share: N against B or cu_seqlens, and cu_seqlens itself. */
 kl_status kda_validate_sequences(const char *who, int64_t B, int64_t T, int64_t N, const int64_t *cu_seqlens);
+
+/* ---- around the recurrence ---- */
+enum { KDA_CONV_TAPS = 16, KDA_NORM_WIDTH = 4096 }; /* at most */
+kl_status kda_cpu_conv_forward(kl_ctx *ctx, const kda_conv_problem *p);
+kl_status kda_cpu_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g);
+kl_status kda_cpu_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p);
+kl_status kda_cpu_gated_norm_backward(kl_ctx *ctx, const kda_gated_norm_problem *p, const kda_gated_norm_grads *g);
+size_t kda_cuda_conv_workspace(const kda_conv_problem *p, kl_pass pass);
+kl_status kda_cuda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p);
+kl_status kda_cuda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g);
+size_t kda_cuda_gated_norm_workspace(const kda_gated_norm_problem *p, kl_pass pass);
+kl_status kda_cuda_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p);
+kl_status kda_cuda_gated_norm_backward(kl_ctx *ctx, const kda_gated_norm_problem *p, const kda_gated_norm_grads *g);
 
 /* ---- CPU variants ---- */
 size_t kda_cpu_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);

@@ -1,11 +1,9 @@
-#include "kda/conv.h"
-
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "kda/internal.h"
 
 /* Work is cut into tiles of channels (and, forward, of tokens); every output element is one sum over the taps in order. */
-enum { MAX_TAPS = 16, CHANNELS = 64, TOKENS = 256 };
+enum { MAX_TAPS = KDA_CONV_TAPS, CHANNELS = 64, TOKENS = 256 };
 
 /* One tile of channels [d0, d0 + D) with its taps turned to [W,CHANNELS] floats. */
 typedef struct tile {
@@ -15,35 +13,6 @@ typedef struct tile {
     float tail[MAX_TAPS][CHANNELS]; /* of sequence n, oldest first; zero without one */
     int64_t n;
 } tile;
-
-static kl_status validate(const kl_ctx *ctx, const kda_conv_problem *p)
-{
-    KL_REQUIRE(p, "conv: problem: expected a pointer, got NULL");
-    if (ctx->device != KL_CPU)
-        return kl_error(KL_EDEVICE, "conv: device: expected cpu, got %s", kl_device_name(ctx->device));
-    KL_REQUIRE(p->weight_dtype == KL_F32 || p->weight_dtype == KL_BF16 || p->weight_dtype == KL_F16,
-               "conv: weight_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->weight_dtype));
-    KL_REQUIRE(p->tail_dtype == KL_F32 || p->tail_dtype == KL_BF16, "conv: tail_dtype: expected float32 or bfloat16, got %s",
-               kl_dtype_name(p->tail_dtype));
-    KL_REQUIRE(p->D >= 1, "conv: D: expected 1 or more channels, got %lld", (long long)p->D);
-    KL_REQUIRE(p->x_stride == 0 || p->x_stride >= p->D, "conv: x_stride: expected 0 or at least D = %lld, got %lld", (long long)p->D,
-               (long long)p->x_stride);
-    KL_REQUIRE(p->y_stride == 0 || p->y_stride >= p->D, "conv: y_stride: expected 0 or at least D = %lld, got %lld", (long long)p->D,
-               (long long)p->y_stride);
-    KL_TRY(kda_validate_sequences("conv", p->B, p->T, p->N, p->cu_seqlens));
-    KL_REQUIRE(p->W >= 1 && p->W <= MAX_TAPS, "conv: W: expected 1..%d taps, got %lld", MAX_TAPS, (long long)p->W);
-    int64_t widest = p->D > p->x_stride ? p->D : p->x_stride, tokens, elements;
-    widest = widest > p->y_stride ? widest : p->y_stride;
-    KL_REQUIRE(!__builtin_mul_overflow(p->B, p->T, &tokens) && !__builtin_mul_overflow(tokens, widest, &elements) &&
-                   !__builtin_mul_overflow(elements, 4, &elements),
-               "conv: B T: expected tensors of less than 2^63 bytes, got B = %lld, T = %lld", (long long)p->B, (long long)p->T);
-    for (int64_t n = 0; p->state_index && n < p->N; n++)
-        KL_REQUIRE(p->state_index[n] >= 0, "conv: state_index[%lld]: expected at least 0, got %lld", (long long)n,
-                   (long long)p->state_index[n]);
-    KL_REQUIRE(p->weight, "conv: weight: expected [D,W], got NULL");
-    KL_REQUIRE(tokens == 0 || p->x, "conv: x: expected [B,T,D], got NULL");
-    return kl_ok();
-}
 
 static int64_t slot_of(const kda_conv_problem *p, int64_t n) { return p->state_index ? p->state_index[n] : n; }
 
@@ -80,7 +49,7 @@ static inline const float *input_at(const tile *s, kda_span span, int64_t positi
 {
     if (position < 0)
         return s->tail[position + s->p->W - 1];
-    return s->p->x + (span.begin + position) * s->x_stride + s->d0;
+    return (const float *)s->p->x + (span.begin + position) * s->x_stride + s->d0;
 }
 
 static inline kl_v load_channels(const tile *s, const float *x, int64_t d) { return kl_vload_up_to(x + d, s->D - d); }
@@ -123,7 +92,7 @@ static void forward_tile(const kda_conv_problem *p, int64_t d0, int64_t first, i
         }
         for (int64_t d = 0; d < s.D; d += KL_LANES) {
             kl_v z = convolve(&s, span, t - span.begin, d);
-            store_channels(&s, p->y + t * s.y_stride + d0, d, p->silu ? z * kl_vsigmoid(z) : z);
+            store_channels(&s, (float *)p->y + t * s.y_stride + d0, d, p->silu ? z * kl_vsigmoid(z) : z);
         }
     }
 }
@@ -139,17 +108,14 @@ static void hand_out_tail(const kda_conv_problem *p, int64_t n, int64_t d)
         kl_to_f32(before, (const char *)p->tail_in + at, p->tail_dtype, (size_t)keep);
     for (int64_t m = 0; m < keep; m++) {
         int64_t position = span.length - keep + m;
-        after[m] = position >= 0 ? p->x[(span.begin + position) * kda_stride(p->x_stride, p->D) + d] : before[m + span.length];
+        after[m] = position >= 0 ? ((const float *)p->x)[(span.begin + position) * kda_stride(p->x_stride, p->D) + d] : before[m + span.length];
     }
     kl_from_f32((char *)p->tail_out + at, p->tail_dtype, after, (size_t)keep);
 }
 
-kl_status kda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
+kl_status kda_cpu_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
 {
-    KL_REQUIRE(ctx, "conv: ctx: expected a context, got NULL");
-    KL_TRY(validate(ctx, p));
     int64_t tokens = p->B * p->T, rows = kl_ceil_div(tokens, TOKENS), tiles = kl_ceil_div(p->D, CHANNELS);
-    KL_REQUIRE(tokens == 0 || (p->y && p->y != p->x), "conv: y: expected memory of its own, got %s", p->y ? "x" : "NULL");
 #pragma omp parallel num_threads(ctx->threads)
     {
 #pragma omp for schedule(static)
@@ -178,13 +144,13 @@ static inline float *input_gradient_at(const tile *s, const kda_conv_grads *g, t
 {
     if (position < 0)
         return acc->tail[position + s->p->W - 1];
-    return g->dx + (span.begin + position) * s->x_stride + s->d0;
+    return (float *)g->dx + (span.begin + position) * s->x_stride + s->d0;
 }
 
 static void backward_token(const tile *s, const kda_conv_grads *g, tile_grads *acc, kda_span span, int64_t i)
 {
     int64_t W = s->p->W;
-    const float *dy = g->dy + (span.begin + i) * s->y_stride + s->d0;
+    const float *dy = (const float *)g->dy + (span.begin + i) * s->y_stride + s->d0;
     for (int64_t d = 0; d < s->D; d += KL_LANES) {
         kl_v dz = load_channels(s, dy, d);
         if (s->p->silu) {
@@ -227,15 +193,8 @@ static void backward_sequence(tile *s, const kda_conv_grads *g, tile_grads *acc,
             g->dtail_in[at + d * keep + m] = acc->tail[m][d];
 }
 
-kl_status kda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g)
+kl_status kda_cpu_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g)
 {
-    KL_REQUIRE(ctx, "conv: ctx: expected a context, got NULL");
-    KL_TRY(validate(ctx, p));
-    KL_REQUIRE(g, "conv: grads: expected a pointer, got NULL");
-    KL_REQUIRE(p->B * p->T == 0 || g->dy, "conv: dy: expected [B,T,D], got NULL");
-    KL_REQUIRE(p->B * p->T == 0 || g->dx, "conv: dx: expected [B,T,D], got NULL");
-    KL_REQUIRE(!p->tail_in || p->tail_in != p->tail_out,
-               "conv: tail_out: expected another place than tail_in: a tail updated in place cannot be differentiated");
     int64_t tiles = kl_ceil_div(p->D, CHANNELS);
 #pragma omp parallel for schedule(static) num_threads(ctx->threads)
     for (int64_t i = 0; i < tiles; i++) {
