@@ -68,6 +68,19 @@ static void recurrent_every_option(void **state)
     }
 }
 
+static void recurrent_of_heads_of_128(void **state)
+{
+    (void)state;
+    only_emulated();
+    const int64_t lengths[] = {1, 0, 3, 1, 2};
+    for (int i = 0; i < 6; i++) {
+        case_options o = {.B = i % 2 ? 3 : 5, .T = i % 2 ? 1 : 0, .lengths = i % 2 ? NULL : lengths, .H = 1, .HV = 2, .K = 128, .V = 128,
+                          .G = i % 3 ? 128 : 4, .gate = (kda_gate)(i % 3), .beta_kind = (kda_beta)(i % 2), .l2norm = i % 4 < 2, .no_delta = i == 5,
+                          .pool = i > 2, .in_place = i > 2, .gap = i == 4 ? 3 : 0, .decay = DECAY_MIXED, .seed = (uint64_t)i + 1};
+        check_recurrent(o);
+    }
+}
+
 static void recurrent_split_anywhere_has_the_same_bits(void **state)
 {
     (void)state;
@@ -106,20 +119,23 @@ static void recurrent_leaves_out_slots_beyond_the_pool(void **state)
 {
     (void)state;
     only_emulated();
-    enum { N = 3, HV = 2, K = 16, V = 8, SIZE = HV * K * V };
-    case_options opt = {.B = N, .T = 1, .H = 1, .HV = HV, .K = K, .V = V, .G = K, .decay = DECAY_MIXED, .pool = true, .in_place = true, .seed = 4};
-    kda_case *all = case_new(opt), *some = case_new(opt);
-    must(case_run_on(KL_CUDA, all, "recurrent", KL_FORWARD, 1));
-    some->state_index[1] = -1;
-    some->state_index[2] = 2 * N + 1;
-    must(case_run_on(KL_CUDA, some, "recurrent", KL_FORWARD, 1));
-    int64_t slot = some->state_index[0];
-    assert_true(same_bits(all->p.o, some->p.o, HV * V));
-    assert_true(same_bits((float *)all->p.ht + slot * SIZE, (float *)some->p.ht + slot * SIZE, SIZE));
-    for (int64_t i = HV * V; i < N * HV * V; i++)
-        assert_true(isnan(((float *)some->p.o)[i]));
-    case_free(all);
-    case_free(some);
+    enum { N = 3, HV = 2 };
+    for (int64_t K = 16; K <= 128; K += 112) {
+        int64_t V = K, SIZE = HV * K * V;
+        case_options opt = {.B = N, .T = 1, .H = 1, .HV = HV, .K = K, .V = V, .G = K, .decay = DECAY_MIXED, .pool = true, .in_place = true, .seed = 4};
+        kda_case *all = case_new(opt), *some = case_new(opt);
+        must(case_run_on(KL_CUDA, all, "recurrent", KL_FORWARD, 1));
+        some->state_index[1] = -1;
+        some->state_index[2] = 2 * N + 1;
+        must(case_run_on(KL_CUDA, some, "recurrent", KL_FORWARD, 1));
+        int64_t slot = some->state_index[0];
+        assert_true(same_bits(all->p.o, some->p.o, HV * V));
+        assert_true(same_bits((float *)all->p.ht + slot * SIZE, (float *)some->p.ht + slot * SIZE, SIZE));
+        for (int64_t i = HV * V; i < N * HV * V; i++)
+            assert_true(isnan(((float *)some->p.o)[i]));
+        case_free(all);
+        case_free(some);
+    }
 }
 
 /* ---- bf16 ---- */
@@ -189,6 +205,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(recurrent_every_length_and_dimension),
         cmocka_unit_test(recurrent_every_option),
+        cmocka_unit_test(recurrent_of_heads_of_128),
         cmocka_unit_test(recurrent_split_anywhere_has_the_same_bits),
         cmocka_unit_test(recurrent_leaves_out_slots_beyond_the_pool),
         cmocka_unit_test(recurrent_in_bf16),

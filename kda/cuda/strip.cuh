@@ -1,69 +1,37 @@
-/* A strip: 32 columns of V of one head's state, held in the registers of a group of four warps, and one token's step on it.
- * Columns never talk to each other, so strips need nothing but the token.
+/* A strip: a few columns of V of one head's state, held in the registers of one warp, and one token's step on it. Columns
+ * never talk to each other, so warps need nothing but the token.
  *
  * With S' = Diag(e^g) S, every sum of the token comes from one pass over the strip, and o needs no second one:
  *
  *     w = S'^T k;   y = S'^T q;   u = beta (v - w);   S <- S' + k u^T;   o = S^T q = y + (k.q) u
  *
- * Memory is touched in quads of four adjacent elements. Thread t of the group, c = t % 8, r = t / 8, owns
+ * Memory is touched in quads of four adjacent elements. A lane has c of the `across` quads that lie side by side, and r of
+ * the rows of memory that are touched together:
  *
- *     [K,V]   channels r + 16 i, columns 4c..4c+3                            sums over r: lanes, then warps
- *     [V,K]   columns r + 16 i, channels 4c..4c+3 + 32 j                     sums over c: lanes */
+ *     [K,V]   channels r + (32 / across) i, columns 4c..4c+3         sums over r
+ *     [V,K]   columns r + 4 i, channels 4c..4c+3 + 32 j              sums over c */
 #ifndef KL_KDA_CUDA_STRIP_CUH
 #define KL_KDA_CUDA_STRIP_CUH
 
-#include "common/device.cuh"
-#include "kda/kda.h"
-
-enum { KDA_STRIP = 32, KDA_STRIP_THREADS = 128 };
-
-/* ---- what lies between the tensors and the recurrence ---- */
-
-__device__ __forceinline__ float kda_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-/* a = g | -exp(A) softplus(z) | lb sigmoid(exp(A) z),  z = g + dt_bias; eA = exp(A) */
-__device__ __forceinline__ float kda_log_decay(kda_gate gate, float eA, float lower_bound, float z)
-{
-    if (gate == KDA_GATE_SOFTPLUS)
-        return -eA * (z > 20.0f ? z : log1pf(expf(z)));
-    return gate == KDA_GATE_BOUNDED ? lower_bound * kda_sigmoid(eA * z) : z;
-}
-
-__device__ __forceinline__ float kda_beta_of(kda_beta kind, float x)
-{
-    return kind == KDA_BETA_PLAIN ? x : (kind == KDA_BETA_SIGMOID2 ? 2.0f : 1.0f) * kda_sigmoid(x);
-}
+#include "kda/cuda/numbers.cuh"
 
 /* ---- memory ---- */
 
-/* Fetched now, looked at later: a load that nothing waits for. */
-__device__ __forceinline__ uint32_t kda_fetch(const void *x, int64_t i, bool bf16)
-{
-    return bf16 ? ((const uint16_t *)x)[i] : ((const uint32_t *)x)[i];
-}
-__device__ __forceinline__ float kda_fetched(uint32_t bits, bool bf16) { return __uint_as_float(bf16 ? bits << 16 : bits); }
-__device__ __forceinline__ void kda_put_number(void *x, int64_t i, bool bf16, float y)
-{
-    if (bf16)
-        ((uint16_t *)x)[i] = kl_to_bf16(y);
-    else
-        ((float *)x)[i] = y;
-}
-
+/* The state passes by: it need not stay in the caches. */
 __device__ __forceinline__ void kda_load_quad(float q[4], const float *p)
 {
-    float4 x = *(const float4 *)p;
+    float4 x = __ldcs((const float4 *)p);
     q[0] = x.x, q[1] = x.y, q[2] = x.z, q[3] = x.w;
 }
 __device__ __forceinline__ void kda_load_quad(float q[4], const uint16_t *p)
 {
-    uint2 x = *(const uint2 *)p;
+    uint2 x = __ldcs((const uint2 *)p);
     q[0] = kl_bf16_low(x.x), q[1] = kl_bf16_high(x.x), q[2] = kl_bf16_low(x.y), q[3] = kl_bf16_high(x.y);
 }
-__device__ __forceinline__ void kda_store_quad(float *p, const float q[4]) { *(float4 *)p = make_float4(q[0], q[1], q[2], q[3]); }
+__device__ __forceinline__ void kda_store_quad(float *p, const float q[4]) { __stcs((float4 *)p, make_float4(q[0], q[1], q[2], q[3])); }
 __device__ __forceinline__ void kda_store_quad(uint16_t *p, const float q[4])
 {
-    *(uint2 *)p = make_uint2(kl_pack_bf16(q[0], q[1]), kl_pack_bf16(q[2], q[3]));
+    __stcs((uint2 *)p, make_uint2(kl_pack_bf16(q[0], q[1]), kl_pack_bf16(q[2], q[3])));
 }
 __device__ __forceinline__ float kda_element(const float *p) { return *p; }
 __device__ __forceinline__ float kda_element(const uint16_t *p) { return kl_load_bf16(p); }
@@ -83,32 +51,28 @@ struct kda_step {
     bool l2norm, no_delta;
 };
 
-/* Room for the sums of one strip, [K,V] only. */
-struct kda_sums {
-    float column[4][KDA_STRIP / 4][8]; /* [warp][quad of columns]: w, y */
-    float token[4][4];                 /* [warp]: k.q, k.k, q.q */
-};
+template <int KP, bool VK, int WIDTH> struct kda_strip {
+    static constexpr int across = VK ? 8 : WIDTH / 4, rows = 32 / across;
+    static constexpr int quads = KP * WIDTH / 128, in_row = VK ? KP / 32 : 1; /* quads of a lane; of these, in one row of memory */
+    static constexpr int columns = VK ? WIDTH / 4 : 4;                        /* columns whose u and o a lane knows */
 
-template <int KP, bool VK> struct kda_strip {
-    static constexpr int quads = KP / 16, across = VK ? KP / 32 : 1; /* quads of a thread; of these, in one row of memory */
-    static constexpr int columns = VK ? 2 : 4;                      /* columns whose u and o a thread knows */
-
-    int c, r, warp, K, V, v0; /* v0: the strip's first column */
+    int c, r, K, V, v0; /* v0: the strip's first column */
     float s[quads][4];
 
-    __device__ kda_strip(int thread, int K, int V, int v0) : c(thread & 7), r(thread >> 3), warp(thread >> 5), K(K), V(V), v0(v0) {}
+    __device__ kda_strip(int K, int V, int v0) : c(kl_lane() % across), r(kl_lane() / across), K(K), V(V), v0(v0) {}
 
     /* Of quad i: its first channel; its distance from quad 0; how many of its elements are there. */
-    __device__ __forceinline__ int channel(int i) const { return VK ? 4 * c + 32 * (i % across) : r + 16 * i; }
-    __device__ __forceinline__ int step_to(int i) const { return VK ? 16 * K * (i / across) + 32 * (i % across) : 16 * V * i; }
+    __device__ __forceinline__ int channel(int i) const { return VK ? 4 * c + 32 * (i % in_row) : r + rows * i; }
+    __device__ __forceinline__ int step_to(int i) const { return VK ? rows * K * (i / in_row) + 32 * (i % in_row) : rows * V * i; }
     __device__ __forceinline__ int present(int i) const
     {
-        int row = VK ? v0 + r + 16 * (i / across) : r + 16 * i, along = VK ? channel(i) : v0 + 4 * c;
+        int row = VK ? v0 + r + rows * (i / in_row) : r + rows * i, along = VK ? channel(i) : v0 + 4 * c;
         return row < (VK ? V : K) ? (VK ? K : V) - along : 0;
     }
     __device__ __forceinline__ int first() const { return VK ? (v0 + r) * K + 4 * c : r * V + v0 + 4 * c; }
-    /* The j-th column that this thread knows, and the one that it hands out: its o, or -1. */
-    __device__ __forceinline__ int column(int j) const { return VK ? r + 16 * j : 4 * c + j; }
+
+    /* The j-th column that this lane knows, of WIDTH; and the one whose o it hands out, or -1. */
+    __device__ __forceinline__ int column(int j) const { return VK ? r + rows * j : 4 * c + j; }
     __device__ __forceinline__ int own_column() const { return (VK ? c : r) < columns ? column(VK ? c : r) : -1; }
     __device__ __forceinline__ float own(const float o[columns]) const
     {
@@ -161,16 +125,15 @@ template <int KP, bool VK> struct kda_strip {
                     kda_put_element(state + step_to(i) + e, s[i][e]);
     }
 
-    /* One token: v [32] are the strip's own values; o[j] is that of column(j). The group's threads meet at barrier `meet`
-     * (0: the group is the block), and before the next token's step must have met once more. */
-    __device__ __forceinline__ void step(const kda_token<KP> &x, const float *v, const kda_step &p, kda_sums &sums, int meet, float o[columns])
+    /* One token: v [WIDTH] are the strip's own values; o[j] is that of column(j). */
+    __device__ __forceinline__ void step(const kda_token<KP> &x, const float *v, const kda_step &p, float o[columns])
     {
         float w[columns] = {}, y[columns] = {}, kq = 0.0f, kk = 0.0f, qq = 0.0f;
 #pragma unroll
         for (int i = 0; i < quads; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int at = channel(i) + (VK ? e : 0), j = VK ? i / across : e;
+                int at = channel(i) + (VK ? e : 0), j = VK ? i / in_row : e;
                 float k = x.k[at], q = x.q[at];
                 s[i][e] *= x.decay[at];
                 w[j] += s[i][e] * k;
@@ -181,61 +144,30 @@ template <int KP, bool VK> struct kda_strip {
                     qq += q * q;
                 }
             }
-        add_up(w, y, kq, kk, qq, sums, meet);
+        kq = add_up(kq);
+        kk = add_up(kk);
+        qq = add_up(qq);
         float norm_k = p.l2norm ? rsqrtf(kk + 1e-6f) : 1.0f, norm_q = (p.l2norm ? rsqrtf(qq + 1e-6f) : 1.0f) * p.scale;
 #pragma unroll
         for (int j = 0; j < columns; j++) {
-            float u = p.beta * (v[column(j)] - (p.no_delta ? 0.0f : norm_k * w[j]));
-            o[j] = norm_q * (y[j] + norm_k * kq * u);
+            float u = p.beta * (v[column(j)] - (p.no_delta ? 0.0f : norm_k * add_up(w[j])));
+            o[j] = norm_q * (add_up(y[j]) + norm_k * kq * u);
             w[j] = norm_k * u;
         }
 #pragma unroll
         for (int i = 0; i < quads; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                s[i][e] += x.k[channel(i) + (VK ? e : 0)] * w[VK ? i / across : e];
+                s[i][e] += x.k[channel(i) + (VK ? e : 0)] * w[VK ? i / in_row : e];
     }
 
-    __device__ __forceinline__ void add_up(float w[columns], float y[columns], float &kq, float &kk, float &qq, kda_sums &sums, int meet) const
+    /* Over the lanes that hold the same columns. */
+    __device__ __forceinline__ float add_up(float x) const
     {
 #pragma unroll
-        for (int m = VK ? 1 : 8; m <= (VK ? 4 : 16); m *= 2) {
-#pragma unroll
-            for (int j = 0; j < columns; j++) {
-                w[j] += __shfl_xor_sync(0xffffffffu, w[j], m);
-                y[j] += __shfl_xor_sync(0xffffffffu, y[j], m);
-            }
-            kq += __shfl_xor_sync(0xffffffffu, kq, m);
-            kk += __shfl_xor_sync(0xffffffffu, kk, m);
-            qq += __shfl_xor_sync(0xffffffffu, qq, m);
-        }
-        if (VK)
-            return;
-        if (kl_lane() < 8) {
-            kda_store_quad(&sums.column[warp][c][0], w);
-            kda_store_quad(&sums.column[warp][c][4], y);
-        }
-        if (kl_lane() == 0)
-            *(float4 *)sums.token[warp] = make_float4(kq, kk, qq, 0.0f);
-        kl_barrier(meet, KDA_STRIP_THREADS);
-        float part[4];
-        kq = kk = qq = 0.0f;
-#pragma unroll
-        for (int j = 0; j < columns; j++)
-            w[j] = y[j] = 0.0f;
-#pragma unroll
-        for (int from = 0; from < 4; from++) {
-            kda_load_quad(part, sums.token[from]);
-            kq += part[0], kk += part[1], qq += part[2];
-            kda_load_quad(part, &sums.column[from][c][0]);
-#pragma unroll
-            for (int j = 0; j < columns; j++)
-                w[j] += part[j];
-            kda_load_quad(part, &sums.column[from][c][4]);
-#pragma unroll
-            for (int j = 0; j < columns; j++)
-                y[j] += part[j];
-        }
+        for (int m = VK ? 1 : across; m <= (VK ? 4 : 16); m *= 2)
+            x += __shfl_xor_sync(0xffffffffu, x, m);
+        return x;
     }
 };
 
