@@ -271,37 +271,45 @@ static float *outputs_of(kl_case *c, const kl_variant *v, int64_t count)
     return copy;
 }
 
-/* From token t0 on, other keys and gates. */
-static void change(kl_case *c, int64_t t0, int64_t t1)
+/* Tokens [t0, t1) get other keys and gates. */
+static void change(kl_case *c, int64_t t0, int64_t t1, float gate)
 {
     const kda_problem *p = &c->problem.kda;
     for (int64_t i = t0 * p->H * p->K; i < t1 * p->H * p->K; i++)
         ((float *)p->k)[i] *= -2.0f;
     for (int64_t i = t0 * p->HV * p->G; i < t1 * p->HV * p->G; i++)
-        ((float *)p->g)[i] = -40.0f;
+        ((float *)p->g)[i] = gate;
+}
+
+/* Outputs before the cut with and without the change: the same bits. */
+static void check_causality(int64_t cut, float gate)
+{
+    enum { T = 70, WIDTH = 32 };
+    const kl_kda_spec spec = {.T = T, .H = 1, .K = WIDTH, .regime = KL_REGIME_MIXED, .state = true};
+    kl_case c, d;
+    int at = 0;
+    build(&c, spec, &bf16);
+    build(&d, spec, &bf16);
+    change(&d, cut, T, gate);
+    for (const kl_variant *v; (v = next_offered(&c, KL_FORWARD, &at));) {
+        float *before = outputs_of(&c, v, T * WIDTH), *after = outputs_of(&d, v, T * WIDTH);
+        if (memcmp(before, after, (size_t)(cut * WIDTH) * sizeof(float)))
+            fail_msg("%s: gates of %g from token %lld on change earlier outputs", v->name, (double)gate, (long long)cut);
+        assert_true(memcmp(before, after, T * WIDTH * sizeof(float)) != 0);
+        free(before);
+        free(after);
+    }
+    kl_case_free(&c);
+    kl_case_free(&d);
 }
 
 static void a_later_token_never_changes_an_earlier_output(void **state)
 {
     NEEDS_DEVICE();
     static const int64_t cuts[] = {1, 16, 31, 33, 64, 69};
-    enum { T = 70, WIDTH = 32 };
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
-        kl_case c, d;
-        int at = 0;
-        build(&c, (kl_kda_spec){.T = T, .H = 1, .K = WIDTH, .regime = KL_REGIME_MIXED, .state = true}, &bf16);
-        build(&d, (kl_kda_spec){.T = T, .H = 1, .K = WIDTH, .regime = KL_REGIME_MIXED, .state = true}, &bf16);
-        change(&d, cuts[i], T);
-        for (const kl_variant *v; (v = next_offered(&c, KL_FORWARD, &at));) {
-            float *before = outputs_of(&c, v, T * WIDTH), *after = outputs_of(&d, v, T * WIDTH);
-            if (memcmp(before, after, (size_t)(cuts[i] * WIDTH) * sizeof(float)))
-                fail_msg("%s: tokens from %lld on change earlier ones", v->name, (long long)cuts[i]);
-            assert_true(memcmp(before, after, T * WIDTH * sizeof(float)) != 0);
-            free(before);
-            free(after);
-        }
-        kl_case_free(&c);
-        kl_case_free(&d);
+        check_causality(cuts[i], -1.0f);
+        check_causality(cuts[i], -40.0f);
     }
 }
 
@@ -314,8 +322,8 @@ static void a_sequence_never_depends_on_its_neighbours(void **state)
     int at = 0;
     build(&c, spec, &bf16);
     build(&d, spec, &bf16);
-    change(&d, 0, 20);
-    change(&d, 65, 82);
+    change(&d, 0, 20, -40.0f);
+    change(&d, 65, 82, -40.0f);
     for (const kl_variant *v; (v = next_offered(&c, KL_FORWARD, &at));) {
         float *before = outputs_of(&c, v, 82 * 32), *after = outputs_of(&d, v, 82 * 32);
         assert_memory_equal(before + 20 * 32, after + 20 * 32, 45 * 32 * sizeof(float));
