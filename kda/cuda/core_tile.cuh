@@ -20,6 +20,8 @@ template <int KP> struct kda_core_tile {
     static_assert(bytes % 16 == 0, "bulk copies move 16 bytes");
 };
 
+static inline size_t kda_core_tile_bytes(int64_t K) { return K <= 64 ? kda_core_tile<64>::bytes : kda_core_tile<128>::bytes; }
+
 /* Byte offsets: of w and qg at (channel, token), of kg, of Tb and Aqk. */
 template <int KP> __device__ __forceinline__ int kda_core_w(int c, int token)
 {

@@ -109,7 +109,7 @@ template <class F> __device__ __forceinline__ void prepare(typename F::shared &m
                 head = kda_prepare_head_of<KP>(p.source, rows.hv, thread);
             ahead = kda_prepare_load<KP>(p.source, rows, m.room[group], thread);
         };
-        kda_prepare_tile<KP>(p.source, head, ahead, tokens, m.room[group], m.stage[group], thread, 1 + group, wait_for_stage, load_next);
+        kda_prepare_tile<kda_block_form<KP>>(p.source, head, ahead, tokens, m.room[group], m.stage[group], thread, 1 + group, wait_for_stage, load_next);
         if (thread == 0)
             kl_mbar_arrive(&m.ready[group]);
     }

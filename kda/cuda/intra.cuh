@@ -29,16 +29,15 @@ struct kda_fragments {
 __device__ __forceinline__ int kda_block_row(int e) { return (kl_lane() >> 2) + 8 * (e >> 1 & 1); }
 __device__ __forceinline__ int kda_block_column(int e) { return 2 * (kl_lane() & 3) + (e & 1) + 8 * (e >> 2); }
 
-/* c[i,j] = x_(t+i) . y_(u+j) over all channels, 16 x 16. */
-template <int KP>
-__device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char *x, int t, const unsigned char *y, int u)
+/* c[i,j] = x_i . y_(u+j) over all channels, 16 x 16; read_x gives the A fragments of 16 channels. */
+template <int KP, class Read> __device__ __forceinline__ void kda_product(float c[8], Read read_x, const unsigned char *y, int u)
 {
     float part[4][4] = {};
-    kda_fragments rows = kda_fragments::rows(t), columns = kda_fragments::columns(u);
+    kda_fragments columns = kda_fragments::columns(u);
 #pragma unroll
     for (int s = 0; s < KP / 16; s++) {
         uint32_t a[4], r[4];
-        kl_ldmatrix4(a, x + rows.at(s));
+        read_x(a, s);
         kl_ldmatrix4(r, y + columns.at(s));
         kl_mma(part[2 * (s & 1)], a, r);
         kl_mma(part[2 * (s & 1) + 1], a, r + 2);
@@ -48,6 +47,14 @@ __device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char
         c[e] = part[0][e] + part[2][e];
         c[4 + e] = part[1][e] + part[3][e];
     }
+}
+
+/* x_(t+i) . y_(u+j) */
+template <int KP>
+__device__ __forceinline__ void kda_rows_product(float c[8], const unsigned char *x, int t, const unsigned char *y, int u)
+{
+    kda_fragments rows = kda_fragments::rows(t);
+    kda_product<KP>(c, [&](uint32_t a[4], int s) { kl_ldmatrix4(a, x + rows.at(s)); }, y, u);
 }
 
 /* |x_(t+i)|^2 of rows g and g + 8, g = lane / 4, in the lanes t = g / 2 that hold the diagonal of the products. */
@@ -68,26 +75,12 @@ template <int KP> __device__ __forceinline__ void kda_rows_squares(float squares
     squares[1] = odd ? part[1][3] + part[3][3] : part[1][2] + part[3][2];
 }
 
-/* C fragments of [i x j] are, packed, the words of a tile's block [k = j][n = i]. */
-__device__ __forceinline__ void kda_write_transposed(unsigned char *matrix, int b, const float c[8])
+/* C fragments as an A fragment of the same matrix. */
+__device__ __forceinline__ void kda_packed_block(uint32_t a[4], const float c[8])
 {
-    uint32_t f[4] = {kl_pack_bf16(c[0], c[1]), kl_pack_bf16(c[4], c[5]), kl_pack_bf16(c[2], c[3]), kl_pack_bf16(c[6], c[7])};
-    kda_write_block(matrix, b, f);
-}
-/* The same block from and to an A fragment [i x j]. */
-__device__ __forceinline__ void kda_write_fragment(unsigned char *matrix, int b, const uint32_t a[4])
-{
-    uint32_t f[4] = {a[0], a[2], a[1], a[3]};
-    kda_write_block(matrix, b, f);
-}
-__device__ __forceinline__ void kda_read_transposed(uint32_t a[4], const unsigned char *matrix, int b)
-{
-    uint32_t f[4];
-    kda_read_block(f, matrix, b);
-    a[0] = f[0];
-    a[1] = f[2];
-    a[2] = f[1];
-    a[3] = f[3];
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        a[e] = kl_pack_bf16(c[2 * e], c[2 * e + 1]);
 }
 
 /* ---- T ----
@@ -206,27 +199,32 @@ __device__ __forceinline__ void kda_scaled(uint32_t a[4], const float T[8], cons
 
 /* ---- w ----
  * w_0 = Tb00 kr_0,  w_1 = (Tb11 kr_1) P_0 + Tb10 kr_0, where kr counts decays from its own block's start and P_0 is the
- * first block's decay; a warp makes 16 count channels from 16 s on. kr lies where w will be: all of it is read in begin, by
- * all warps, before any w is written in end. */
+ * first block's decay; a warp makes 16 count channels from 16 s on. */
 template <int count> struct kda_w {
-    uint32_t kr0[count][4];
+    uint32_t kr0[count][4], kr1[count][4];
     float w0[count][8], w1[count][8];
 
-    __device__ __forceinline__ void begin(const unsigned char *kr, const uint32_t Tb00[4], const uint32_t Tb11[4], const float *P0, int s)
+    __device__ __forceinline__ void read(const unsigned char *kr, int s)
     {
         kda_fragments first = kda_fragments::rows(0), second = kda_fragments::rows(16);
 #pragma unroll
         for (int n = 0; n < count; n++) {
-            uint32_t kr1[4];
-            kl_ldmatrix4_trans(kr1, kr + second.at(s + n));
             kl_ldmatrix4_trans(kr0[n], kr + first.at(s + n));
+            kl_ldmatrix4_trans(kr1[n], kr + second.at(s + n));
+        }
+    }
+    /* All but what needs Tb10. */
+    __device__ __forceinline__ void begin(const uint32_t Tb00[4], const uint32_t Tb11[4], const float *P0, int s)
+    {
+#pragma unroll
+        for (int n = 0; n < count; n++) {
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 w0[n][e] = w1[n][e] = 0.0f;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float2 p = *(const float2 *)(P0 + 16 * (s + n) + 8 * h + 2 * (kl_lane() & 3));
-                kl_mma(w1[n] + 4 * h, Tb11, kr1 + 2 * h);
+                kl_mma(w1[n] + 4 * h, Tb11, kr1[n] + 2 * h);
                 kl_mma(w0[n] + 4 * h, Tb00, kr0[n] + 2 * h);
 #pragma unroll
                 for (int e = 0; e < 4; e++)
@@ -234,27 +232,14 @@ template <int count> struct kda_w {
             }
         }
     }
-    __device__ __forceinline__ void end(unsigned char *w, const unsigned char *Tb, int s)
+    __device__ __forceinline__ void end(const uint32_t Tb10[4])
     {
-        uint32_t Tb10[4];
-        kda_read_transposed(Tb10, Tb, 1);
 #pragma unroll
-        for (int n = 0; n < count; n++) {
-            kda_write_transposed(w, 2 * (s + n), w0[n]);
+        for (int n = 0; n < count; n++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 kl_mma(w1[n] + 4 * h, Tb10, kr0[n] + 2 * h);
-            kda_write_transposed(w, 2 * (s + n) + 1, w1[n]);
-        }
     }
 };
-
-/* Without erasing. */
-template <int count> __device__ __forceinline__ void kda_clear_w(unsigned char *w, int s)
-{
-    uint32_t zero[4] = {};
-    for (int b = 2 * s; b < 2 * (s + count); b++)
-        kda_write_block(w, b, zero);
-}
 
 #endif

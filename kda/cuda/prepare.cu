@@ -7,6 +7,7 @@
 
 namespace {
 
+template <int KP> constexpr int ROOM = (kda_prepare_room<KP>::bytes + 1023) / 1024 * 1024;
 enum { RESIDENT = 2 }; /* groups a multiprocessor: more fight over memory */
 
 /* gridDim.x as so many tiles of all heads and so many heads. */
@@ -46,19 +47,20 @@ struct walk {
 };
 
 /* Groups walk over the pairs, a block each, the next pair's rows on their way while one is made. */
-template <int KP>
+template <class Form>
 __global__ void __launch_bounds__(KDA_GROUP, RESIDENT)
 prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_constant__ kda_sequences sequences, int tile_count, int HV, walk_step step, unsigned char *tiles)
 {
+    constexpr int KP = Form::KP, BYTES = Form::tile::bytes;
     KL_SHARED(shared);
-    unsigned char *tile = shared, *room = shared + kda_tile<KP>::bytes;
+    unsigned char *room = shared, *tile = shared + ROOM<KP>;
     int thread = (int)threadIdx.x;
     walk at(sequences, HV);
     kda_tile_rows rows = at.rows(source, sequences, thread);
     kda_prepare_ahead ahead = kda_prepare_load<KP>(source, rows, room, thread);
     kda_prepare_head<KP> head = kda_prepare_head_of<KP>(source, at.hv, thread);
     for (bool more = true; more;) {
-        unsigned char *to = tiles + ((int64_t)at.tile * HV + at.hv) * kda_tile<KP>::bytes;
+        unsigned char *to = tiles + ((int64_t)at.tile * HV + at.hv) * BYTES;
         int tokens = rows.tokens;
         more = at.next(sequences, tile_count, HV, step);
         if (more) {
@@ -75,9 +77,9 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
             ahead = kda_prepare_load<KP>(source, rows, room, thread);
             head = kda_prepare_head_of<KP>(source, at.hv, thread);
         };
-        kda_prepare_tile<KP>(source, head, ahead, tokens, room, tile, thread, 1, wait_for_tile, load_next);
+        kda_prepare_tile<Form>(source, head, ahead, tokens, room, tile, thread, 1, wait_for_tile, load_next);
         if (thread == 0) {
-            kl_bulk_store(to, tile, kda_tile<KP>::bytes);
+            kl_bulk_store(to, tile, BYTES);
             kl_bulk_commit();
         }
     }
@@ -85,15 +87,15 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
         kl_bulk_wait<0>();
 }
 
-template <int KP> kl_status launch(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
+template <class Form> kl_status launch(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
 {
     int64_t count = kda_tile_count(p), resident = (int64_t)kl_gpu_multiprocessors(ctx) * RESIDENT;
     kl_grid g;
     g.x = count * p->HV < resident ? count * p->HV : resident;
     walk_step step = {(int)(g.x / p->HV), (int)(g.x % p->HV)};
     g.threads = KDA_GROUP;
-    g.shared = kda_tile<KP>::bytes + kda_prepare_room<KP>::bytes;
-    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<KP>, kda_tile_source_of(p), kda_sequences_of(p, table), (int)count, (int)p->HV, step,
+    g.shared = ROOM<Form::KP> + Form::tile::bytes;
+    return kl_launch(ctx, "kda_prepare", g, prepare_tiles<Form>, kda_tile_source_of(p), kda_sequences_of(p, table), (int)count, (int)p->HV, step,
                      (unsigned char *)tiles);
 }
 
@@ -127,40 +129,42 @@ kda_tile_source kda_tile_source_of(const kda_problem *p)
     return s;
 }
 
-kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles)
+kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles, bool core)
 {
     switch (kda_padded(p->K)) {
     case 64:
-        return launch<64>(ctx, p, table, tiles);
+        return core ? launch<kda_core_form<64>>(ctx, p, table, tiles) : launch<kda_block_form<64>>(ctx, p, table, tiles);
     case 128:
-        return launch<128>(ctx, p, table, tiles);
+        return core ? launch<kda_core_form<128>>(ctx, p, table, tiles) : launch<kda_block_form<128>>(ctx, p, table, tiles);
     default:
-        return launch<256>(ctx, p, table, tiles);
+        if (core)
+            return kl_error(KL_EUNSUPPORTED, "kda tiles: K: expected at most 128 in the core form, got %lld", (long long)p->K);
+        return launch<kda_block_form<256>>(ctx, p, table, tiles);
     }
 }
 
-static void carve(kl_arena *a, const kda_problem *p, void **table, void **tiles)
+static void carve(kl_arena *a, const kda_problem *p, bool core, void **table, void **tiles)
 {
     *table = kl_arena_take(a, kda_sequences_bytes(p), 1);
-    *tiles = kl_arena_take(a, kl_mul((size_t)kda_tile_count(p), (size_t)p->HV, &a->overflow), kda_tile_bytes(p->K));
+    *tiles = kl_arena_take(a, kl_mul((size_t)kda_tile_count(p), (size_t)p->HV, &a->overflow), core ? kda_core_tile_bytes(p->K) : kda_tile_bytes(p->K));
 }
 
-size_t kda_cuda_tiles_workspace(const kda_problem *p)
+size_t kda_cuda_tiles_workspace(const kda_problem *p, bool core)
 {
     kl_arena a = kl_arena_count();
     void *table, *tiles;
-    carve(&a, p, &table, &tiles);
+    carve(&a, p, core, &table, &tiles);
     return a.overflow ? SIZE_MAX : a.used;
 }
 
-kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, void *workspace, size_t bytes, const void **tiles)
+kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, bool core, void *workspace, size_t bytes, const void **tiles)
 {
     kl_arena a = kl_arena_over(workspace, bytes);
     void *table, *memory;
-    carve(&a, p, &table, &memory);
+    carve(&a, p, core, &table, &memory);
     if (a.overflow)
-        return kl_error(KL_EINVAL, "kda tiles: workspace: expected %zu bytes, got %zu", kda_cuda_tiles_workspace(p), bytes);
+        return kl_error(KL_EINVAL, "kda tiles: workspace: expected %zu bytes, got %zu", kda_cuda_tiles_workspace(p, core), bytes);
     KL_TRY(kda_sequences_upload(ctx, p, table));
     *tiles = memory;
-    return kda_cuda_prepare(ctx, p, table, memory);
+    return kda_cuda_prepare(ctx, p, table, memory, core);
 }

@@ -80,15 +80,15 @@ __device__ __forceinline__ void kda_write_norms(float *norm, const float squares
     }
 }
 
-/* The diagonal blocks by levels; c is this warp's block. The tile's w and kg serve as scratch. */
+/* The diagonal blocks by levels; c is this warp's block. 128 KP bytes of scratch. */
 template <int KP>
 __device__ __forceinline__ void kda_diagonal_by_levels(float c[8], const kda_tile_source &s, const kda_prepare_head<KP> &head, const kda_gate_scale &scale,
-                                                       kda_pair a[16], unsigned char *room, unsigned char *tile, int thread, int barrier)
+                                                       kda_pair a[16], unsigned char *room, unsigned char *scratch, int thread, int barrier)
 {
     using at = kda_prepare_room<KP>;
     using own_t = kda_owner<KP>;
     const float *norm = (const float *)(room + at::norm);
-    unsigned char *x = tile + kda_tile<KP>::kg, *y = tile + kda_tile<KP>::w;
+    unsigned char *x = scratch, *y = scratch + at::rows;
     int b = thread >> 5 & 1, of_q = thread >> 6;
 #pragma unroll 1
     for (int m = 16; m;) {
@@ -99,8 +99,7 @@ __device__ __forceinline__ void kda_diagonal_by_levels(float c[8], const kda_til
             if (own.idle())
                 continue;
             if (own_t::units > 1)
-                kda_decays(s.gate, a, room + at::g, own, scale,
-                           {kda_gate_bias(s.gate, scale, head.dt_bias[u].x), kda_gate_bias(s.gate, scale, head.dt_bias[u].y)});
+                kda_decays(s.gate, a, room + at::g, own, scale, kda_gate_biases(s.gate, scale, head.dt_bias[u]));
             kda_make_level(m, a, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, x, y, own);
         }
         kl_barrier(barrier, KDA_GROUP);
@@ -111,10 +110,11 @@ __device__ __forceinline__ void kda_diagonal_by_levels(float c[8], const kda_til
     }
 }
 
-template <int KP, class Wait, class Free>
-__device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const kda_prepare_head<KP> &head, kda_prepare_ahead ahead, int tokens,
+template <class Form, class Wait, class Free>
+__device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const kda_prepare_head<Form::KP> &head, kda_prepare_ahead ahead, int tokens,
                                                  unsigned char *room, unsigned char *tile, int thread, int barrier, Wait tile_is_free, Free rows_are_free)
 {
+    constexpr int KP = Form::KP;
     using at = kda_prepare_room<KP>;
     using own_t = kda_owner<KP>;
     int warp = thread >> 5, b = warp & 1, of_q = warp >> 1;
@@ -122,7 +122,6 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     float *block_decay = (float *)(room + at::block_decay);
     int *vote = (int *)(room + at::vote);
     kda_gate_scale scale = kda_gate_scale_of(s.gate, head.A_log, s.lower_bound);
-    auto bias = [&](int u) { return kda_pair{kda_gate_bias(s.gate, scale, head.dt_bias[u].x), kda_gate_bias(s.gate, scale, head.dt_bias[u].y)}; };
 
     kl_copy_wait<0>();
     kl_barrier(barrier, KDA_GROUP);
@@ -131,18 +130,16 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     float squares[2] = {};
     if (s.qk_l2norm)
         kda_rows_squares<KP>(squares, room + (of_q ? at::q : at::k), 16 * b);
-    kda_pair a[16], sum;
+    kda_pair a[16];
     int first_deep = 16;
 #pragma unroll
     for (int u = 0; u < own_t::units; u++) {
         own_t own(thread, u);
         if (own.idle())
             continue;
-        sum = kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
-        if (__any_sync(0xffffffffu, fminf(sum.x, sum.y) < 1 - KDA_DEEP)) {
-            int row = kda_first_deep(a);
-            first_deep = row < first_deep ? row : first_deep;
-        }
+        kda_pair sum = kda_decays(s.gate, a, room + at::g, own, scale, kda_gate_biases(s.gate, scale, head.dt_bias[u]));
+        if (__any_sync(0xffffffffu, fminf(sum.x, sum.y) < 1 - KDA_DEEP))
+            first_deep = min(first_deep, kda_first_deep(a));
         *(float2 *)(block_decay + own.block * KP + own.c) = make_float2(kl_exp2(sum.x), kl_exp2(sum.y));
     }
     if (s.qk_l2norm)
@@ -159,7 +156,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     tile_is_free();
     kl_barrier(barrier, KDA_GROUP);
 
-    /* This warp's diagonal block: k (warps 0, 1) or q (2, 3) against k; its deep rows. */
+    /* Operands; before them the deep rows of this warp's diagonal block: k (warps 0, 1) or q (2, 3) against k. */
     float c[8] = {}, deep_rows[8] = {};
     first_deep = min(vote[b], vote[b + 2]);
     if (__builtin_expect(min(first_deep, min(vote[1 - b], vote[3 - b])) < 16, 0))
@@ -170,26 +167,30 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
         if (own.idle())
             continue;
         if (own_t::units > 1)
-            kda_decays(s.gate, a, room + at::g, own, scale, bias(u));
+            kda_decays(s.gate, a, room + at::g, own, scale, kda_gate_biases(s.gate, scale, head.dt_bias[u]));
         float2 mine = *(const float2 *)(block_decay + own.block * KP + own.c), other = *(const float2 *)(block_decay + (1 - own.block) * KP + own.c);
         if (own.block)
-            *(float2 *)(tile + kda_tile<KP>::decay + 4 * own.c) = make_float2(mine.x * other.x, mine.y * other.y);
-        kda_make_operands(a, {other.x, other.y}, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, room + at::g, tile, own);
+            *(float2 *)(tile + Form::tile::decay + 4 * own.c) = make_float2(mine.x * other.x, mine.y * other.y);
+        kda_make_operands<Form>(a, {other.x, other.y}, norm + 16 * own.block, norm + 32 + 16 * own.block, room + at::k, room + at::q, room + at::g, tile, own);
     }
     kl_barrier(barrier, KDA_GROUP);
 
-    unsigned char *kr = tile + kda_tile<KP>::w, *qr = room + at::q, *ke = room + at::k, *kd = room + at::g;
-    unsigned char *Tb = tile + kda_tile<KP>::Tb, *Aqk = tile + kda_tile<KP>::Aqk;
-    kda_rows_product<KP>(c, of_q ? qr : kr, 16 * b, kd, 16 * b);
+    unsigned char *kr = room + at::k, *qr_or_ke = room + at::q, *kd = room + at::g;
+    if (warp == 2)
+        kda_product<KP>(c, [&](uint32_t f[4], int n) { Form::read_qg(f, tile, n); }, kd, 0);
+    else
+        kda_rows_product<KP>(c, of_q ? qr_or_ke : kr, 16 * b, kd, 16 * b);
     if (first_deep < 16)
 #pragma unroll
         for (int e = 0; e < 8; e++)
             c[e] = kda_block_row(e) < first_deep ? c[e] : deep_rows[e];
+    uint32_t f[4];
     if (of_q) {
 #pragma unroll
         for (int e = 0; e < 8; e++)
             c[e] = kda_block_column(e) <= kda_block_row(e) ? c[e] : 0.0f;
-        kda_write_transposed(Aqk, 2 * b, c);
+        kda_packed_block(f, c);
+        Form::write_Aqk(tile, b, b, f);
     } else {
 #pragma unroll
         for (int e = 0; e < 8; e++)
@@ -199,49 +200,70 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     kl_barrier(barrier, KDA_GROUP);
 
     /* T of the diagonal blocks, beside what goes from block 0 to block 1. */
+    constexpr int count = KP / 64;
+    kda_w<count> w;
+    w.read(kr, warp * count);
     if (warp == 0)
         kda_invert_diagonal(T);
     if (warp == 1) {
-        kda_rows_product<KP>(c, ke, 0, kr, 16);
+        kda_rows_product<KP>(c, qr_or_ke, 0, kr, 16);
 #pragma unroll
         for (int e = 0; e < 8; e++)
             c[e] = s.no_delta ? 0.0f : c[e];
     }
     if (warp == 2) {
-        kda_rows_product<KP>(c, qr, 16, ke, 0);
-        kda_write_transposed(Aqk, 1, c);
+        kda_rows_product<KP>(c, qr_or_ke, 16, qr_or_ke, 0);
+        kda_packed_block(f, c);
+        Form::write_Aqk(tile, 1, 0, f);
     }
+    if (warp == 3)
+        Form::clear_above_diagonal(tile);
     kl_barrier(barrier, KDA_GROUP);
 
     /* From block 0 to block 1, beside all of w that does not need it. */
     float T00[8], T11[8];
-    uint32_t Tb00[4], Tb10[4], Tb11[4];
+    uint32_t Tb00[4], Tb11[4];
     kda_read_diagonal(T00, T, 0);
     kda_read_diagonal(T11, T, 1);
     if (warp == 1) {
         kda_invert_across(c, c, T11, T, beta + 16);
-        kda_scaled(Tb10, c, beta);
-        kda_write_fragment(Tb, 1, Tb10);
+        kda_scaled(f, c, beta);
+        Form::write_Tb(tile, 1, 0, f);
     }
     kda_scaled(Tb00, T00, beta);
     kda_scaled(Tb11, T11, beta + 16);
     if (warp >= 2)
-        kda_write_fragment(Tb, 2 * (warp - 2), warp == 2 ? Tb00 : Tb11);
-    constexpr int count = KP / 64;
-    kda_w<count> w;
-    w.begin(kr, Tb00, Tb11, block_decay, warp * count);
+        Form::write_Tb(tile, warp - 2, warp - 2, warp == 2 ? Tb00 : Tb11);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        Tb00[e] = Form::signed_pair(Tb00[e]);
+        Tb11[e] = Form::signed_pair(Tb11[e]);
+    }
+    w.begin(Tb00, Tb11, block_decay, warp * count);
     rows_are_free();
     kl_barrier(barrier, KDA_GROUP);
 
-    if (s.no_delta)
-        kda_clear_w<count>(kr, warp * count);
-    else
-        w.end(kr, Tb, warp * count);
+    Form::read_Tb(f, tile, 1, 0);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        f[e] = Form::signed_pair(f[e]);
+    w.end(f);
+#pragma unroll
+    for (int n = 0; n < count; n++)
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            kda_packed_block(f, block ? w.w1[n] : w.w0[n]);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                f[e] = s.no_delta ? 0 : f[e];
+            Form::write_w(tile, block, warp * count + n, f);
+        }
     kl_fence_async_shared();
     kl_barrier(barrier, KDA_GROUP);
 }
 
-/* Every tile of every head into tiles [tile number][HV], kda_tile_bytes(K) each. table: kda_sequences_upload's. */
-kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles);
+/* Every tile of every head into tiles [tile number][HV], in the core form (K up to 128) or else the form of blocks. table:
+ * kda_sequences_upload's. */
+kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles, bool core = false);
 
 #endif

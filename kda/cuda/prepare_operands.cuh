@@ -10,7 +10,7 @@
 #define KL_KDA_CUDA_PREPARE_OPERANDS_CUH
 
 #include "kda/cuda/gates.cuh"
-#include "kda/cuda/intra.cuh"
+#include "kda/cuda/tile_form.cuh"
 
 enum { KDA_DEEP = 100 };
 
@@ -36,6 +36,11 @@ __device__ __forceinline__ kda_pair kda_unpack(uint32_t w) { return {kl_bf16_low
 __device__ __forceinline__ kda_pair operator*(kda_pair a, kda_pair b) { return {a.x * b.x, a.y * b.y}; }
 __device__ __forceinline__ kda_pair operator*(float s, kda_pair a) { return {s * a.x, s * a.y}; }
 __device__ __forceinline__ uint32_t kda_packed(kda_pair a) { return kl_pack_bf16(a.x, a.y); }
+
+__device__ __forceinline__ kda_pair kda_gate_biases(int gate, const kda_gate_scale &s, kda_pair dt_bias)
+{
+    return {kda_gate_bias(gate, s, dt_bias.x), kda_gate_bias(gate, s, dt_bias.y)};
+}
 
 /* a[i]: the decays of the 16 tokens; returns log2 of their product, good to tell which blocks are worth a look at deep rows. */
 template <int gate, int KP>
@@ -76,23 +81,6 @@ __device__ __forceinline__ int kda_first_deep(const kda_pair a[16])
     return shallow;
 }
 
-/* Where a thread puts its words of qg and kg in the tile. */
-template <int KP> struct kda_owner_slots {
-    int block, qg, kg;
-    __device__ __forceinline__ kda_owner_slots(const kda_owner<KP> &own)
-    {
-        int p = own.c >> 1 & 3, half = own.c >> 3 & 1, b = (own.c >> 4) * 2 + own.block;
-        block = own.block;
-        qg = kda_slot_of(b, p) + 4 * kda_word_of(b, half);
-        b = own.block * (KP / 16) + (own.c >> 4);
-        kg = kda_slot_of(b, 8 * p) + 4 * kda_word_of(b, 2 * half);
-    }
-    /* Token i of the block, two channels. */
-    __device__ __forceinline__ int qg_at(int i) const { return qg ^ (16 * (4 * (i & 7) ^ (i & 7) >> 1) | 8 * (i >> 3)); }
-    /* Tokens 2t, 2t+1 and 2t+8, 2t+9 of channel c + e. */
-    __device__ __forceinline__ int kg_at(int t, int e) const { return kg ^ 16 * (4 * e + t); }
-};
-
 /* Eight tokens at a time are read before any is written, so that the reads overlap. */
 template <int KP> __device__ __forceinline__ void kda_read_rows(kda_pair x[8], const unsigned char *rows, const float *norm, int first, const kda_owner<KP> &own)
 {
@@ -107,14 +95,13 @@ template <int KP> __device__ __forceinline__ void kda_read_rows(kda_pair x[8], c
         x[i] = scale[i] * kda_unpack(raw[i]);
 }
 
-/* a: decays; other: those of the other block together; norm: of k and of q, the block's 16 tokens. k and q are replaced by ke
- * (block 0 only) and qr, g by kd. */
-template <int KP>
-__device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair other, const float *k_norm, const float *q_norm,
-                                                  unsigned char *k, unsigned char *q, unsigned char *g, unsigned char *tile, const kda_owner<KP> &own)
+/* a: decays; other: those of the other block together; norm: of k and of q, the block's 16 tokens. kr takes the place of k, kd
+ * of g; of q, ke in block 0, whose qr is its qg, and qr in block 1. */
+template <class Form>
+__device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair other, const float *k_norm, const float *q_norm, unsigned char *k,
+                                                  unsigned char *q, unsigned char *g, unsigned char *tile, const kda_owner<Form::KP> &own)
 {
-    kda_owner_slots<KP> slots(own);
-    unsigned char *kr = tile + kda_tile<KP>::w, *qg = tile + kda_tile<KP>::qg, *kg = tile + kda_tile<KP>::kg;
+    typename Form::owner words(own.block, own.c);
     kda_pair kn[16], qn[8], P = {1.0f, 1.0f};
 #pragma unroll
     for (int first = 0; first < 16; first += 8) {
@@ -126,35 +113,30 @@ __device__ __forceinline__ void kda_make_operands(const kda_pair a[16], kda_pair
             P = P * a[i];
             kda_pair x = qn[i - first] * P;
             uint32_t qr = kda_packed(x);
-            *(uint32_t *)(kr + at) = kda_packed(kn[i] * P);
+            *(uint32_t *)(k + at) = kda_packed(kn[i] * P);
             *(uint32_t *)(g + at) = kl_pack_bf16(kn[i].x * kl_rcp(P.x), kn[i].y * kl_rcp(P.y));
-            *(uint32_t *)(q + at) = qr;
-            *(uint32_t *)(qg + slots.qg_at(i)) = own.block ? kda_packed(x * other) : qr;
+            if (own.block)
+                *(uint32_t *)(q + at) = qr;
+            *(uint32_t *)(tile + words.qg_at(i)) = own.block ? kda_packed(x * other) : qr;
         }
     }
     kda_pair ahead = own.block ? kda_pair{1.0f, 1.0f} : other, next = {0.0f, 0.0f};
-    uint32_t words[2][4]; /* channel; kg of tokens 8.. in pairs */
+    uint32_t kg[2][8];
     P = {1.0f, 1.0f};
 #pragma unroll
     for (int i = 15; i >= 0; i--) {
-        int at = own.at(i);
         kda_pair ke = kn[i] * P, x = ke * ahead;
         P = P * a[i];
         if (!own.block)
-            *(uint32_t *)(k + at) = kda_packed(ke);
-        if (i & 1) {
+            *(uint32_t *)(q + own.at(i)) = kda_packed(ke);
+        if (i & 1)
             next = x;
-            continue;
-        }
-        uint32_t low = kl_pack_bf16(x.x, next.x), high = kl_pack_bf16(x.y, next.y);
-        if (i >= 8) {
-            words[0][i / 2 - 4] = low;
-            words[1][i / 2 - 4] = high;
-        } else {
-            *(uint2 *)(kg + slots.kg_at(i / 2, 0)) = make_uint2(low, words[0][i / 2]);
-            *(uint2 *)(kg + slots.kg_at(i / 2, 1)) = make_uint2(high, words[1][i / 2]);
+        else {
+            kg[0][i / 2] = kl_pack_bf16(x.x, next.x);
+            kg[1][i / 2] = kl_pack_bf16(x.y, next.y);
         }
     }
+    words.write_kg(tile, kg);
 }
 
 #endif
