@@ -232,8 +232,10 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
     }
     kda_scaled(Tb00, T00, beta);
     kda_scaled(Tb11, T11, beta + 16);
-    if (warp >= 2)
-        Form::write_Tb(tile, warp - 2, warp - 2, warp == 2 ? Tb00 : Tb11);
+    if (warp == 2)
+        Form::write_Tb(tile, 0, 0, Tb00);
+    if (warp == 3)
+        Form::write_Tb(tile, 1, 1, Tb11);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         Tb00[e] = Form::signed_pair(Tb00[e]);

@@ -76,10 +76,10 @@ template <int KP> __device__ __forceinline__ void kda_load_part(unsigned char *r
     }
 }
 
-/* What is not whole, kept out of the way of what is. */
+/* What is not whole. */
 template <int KP>
-__attribute__((noinline)) __device__ void kda_load_other_rows(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *q, unsigned char *k,
-                                                              unsigned char *g, int thread)
+__device__ __forceinline__ void kda_load_other_rows(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *q, unsigned char *k,
+                                                    unsigned char *g, int thread)
 {
     if (s.wide) {
         kda_tile_rows at = kda_locate_rows(s, hv, token, tokens, thread);
