@@ -153,6 +153,41 @@ static inline float kl_vmax_lane(kl_v x)
     return lane[0];
 }
 
+/* Rows a and b exchange the lanes that a transpose at this distance moves: a keeps the lanes whose distance bit is 0. */
+#define KL_EXCHANGE(name, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15) \
+    KL_INLINE void name(kl_v *a, kl_v *b) \
+    { \
+        kl_v low = __builtin_shufflevector(*a, *b, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15); \
+        kl_v high = __builtin_shufflevector(*a, *b, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15); \
+        *a = low; \
+        *b = high; \
+    }
+KL_EXCHANGE(kl_vexchange_1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+KL_EXCHANGE(kl_vexchange_2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+KL_EXCHANGE(kl_vexchange_4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+KL_EXCHANGE(kl_vexchange_8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+
+#undef KL_EXCHANGE
+/* x[i][j] becomes x[j][i]. */
+KL_INLINE void kl_vtranspose(kl_v x[16])
+{
+KL_UNROLL
+    for (int i = 0; i < 8; i++)
+        kl_vexchange_8(&x[i], &x[i + 8]);
+KL_UNROLL
+    for (int i = 0; i < 16; i++)
+        if (!(i & 4))
+            kl_vexchange_4(&x[i], &x[i + 4]);
+KL_UNROLL
+    for (int i = 0; i < 16; i++)
+        if (!(i & 2))
+            kl_vexchange_2(&x[i], &x[i + 2]);
+KL_UNROLL
+    for (int i = 0; i < 16; i++)
+        if (!(i & 1))
+            kl_vexchange_1(&x[i], &x[i + 1]);
+}
+
 /* e^x within 1.2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, then scale e^r by 2^n. Below -104 the result is 0, above 88.7
  * infinity; NaN stays NaN. */
 

@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { TILE = 1024, PARTS = 3, BLOCK = TILE * PARTS };
+enum { TILE = KL_SPLIT_TILE, BLOCK = KL_SPLIT_BLOCK };
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
 
 bool kl_split_available(void)
@@ -34,31 +34,7 @@ void kl_split_end(void) { _tile_release(); }
 
 /* ---- packing ---- */
 
-/* Bits whose upper half is x rounded to bf16: half an ulp is added to the magnitude. A NaN of all ones becomes zero here
- * and stays a NaN in what is left. */
-static inline kl_v rounded(kl_v x) { return (kl_v)((kl_vu)x + 0x8000u); }
-static inline kl_v upper(kl_v x) { return (kl_v)((kl_vu)x & 0xffff0000u); }
-
-/* The unit sums over pairs of neighbours. Which two are neighbours is free as long as both operands agree: here indices k
- * and k + 16 of each 32, so that neither needs more than a shift and a blend. Upper halves of the lanes of x0 and x1: */
-static inline void store_pairs(char *to, kl_v x0, kl_v x1)
-{
-    *(kl_vu *)to = ((kl_vu)x1 & 0xffff0000u) | ((kl_vu)x0 >> 16);
-}
-
-static inline __attribute__((always_inline)) void pack_parts(int parts, kl_v x0, kl_v x1, char *to)
-{
-    kl_v h0 = rounded(x0), h1 = rounded(x1);
-    store_pairs(to, h0, h1);
-    x0 -= upper(h0);
-    x1 -= upper(h1);
-    kl_v m0 = rounded(x0), m1 = rounded(x1);
-    store_pairs(to + TILE, m0, m1);
-    if (parts == 3)
-        store_pairs(to + 2 * TILE, x0 - upper(m0), x1 - upper(m1));
-}
-
-static inline __attribute__((always_inline)) void pack_left(int parts, bool negative, int64_t M, int64_t depth, const float *A, int64_t ld, char *packed,
+KL_INLINE void pack_left(int parts, bool negative, int64_t M, int64_t depth, const float *A, int64_t ld, char *packed,
                                                             int64_t strip_depth)
 {
     for (int64_t m = 0; m < M; m += 16, packed += kl_split_bytes(16, strip_depth)) {
@@ -71,7 +47,7 @@ static inline __attribute__((always_inline)) void pack_left(int parts, bool nega
                     x0 = -x0;
                     x1 = -x1;
                 }
-                pack_parts(parts, x0, x1, to + r * 64);
+                kl_split_pairs(parts, x0, x1, to + r * 64);
             }
     }
 }
@@ -100,23 +76,34 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
                     kl_vstore(row0, x0 * row_scale[k0]);
                 if (row_scale && k1 < depth)
                     kl_vstore(row1, x1 * row_scale[k1]);
-                pack_parts(3, x0, x1, to + r * 64);
+                kl_split_pairs(3, x0, x1, to + r * 64);
             }
     }
 }
 
 /* ---- products ---- */
 
-#define MULTIPLY               \
-    do {                       \
-        kl_ahead_step(ahead);  \
-        _tile_dpbf16ps(0, 4, 6); \
-        if (columns == 2)      \
-            _tile_dpbf16ps(1, 4, 7); \
-        if (rows == 2)         \
-            _tile_dpbf16ps(2, 5, 6); \
-        if (rows == 2 && columns == 2) \
-            _tile_dpbf16ps(3, 5, 7); \
+/* Between two products of tiles. While something keeps the core's other thread busy, products that follow each other closely
+ * take 18 ns in a loop; this much apart they take 10 to 11, and nothing is lost where they take 8 anyway. */
+#define APART __asm__ volatile(".rept 8\n\tnop\n\t.endr")
+#define MULTIPLY                         \
+    do {                                 \
+        _tile_dpbf16ps(0, 4, 6);         \
+        APART;                           \
+        kl_ahead_step(ahead);            \
+        if (columns == 2) {              \
+            _tile_dpbf16ps(1, 4, 7);     \
+            APART;                       \
+        }                                \
+        if (rows == 2) {                 \
+            _tile_dpbf16ps(2, 5, 6);     \
+            APART;                       \
+        }                                \
+        if (rows == 2 && columns == 2) { \
+            kl_ahead_step(ahead);        \
+            _tile_dpbf16ps(3, 5, 7);     \
+            APART;                       \
+        }                                \
     } while (0)
 #define LEFT(part)                                        \
     do {                                                 \
@@ -133,18 +120,19 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
 
 /* One or two tiles of rows by one or two of columns. The products of a block are walked so that each step loads one
  * operand only. */
-static inline __attribute__((always_inline)) void tiles(kl_split_terms terms, int rows, int columns, bool add, int64_t blocks, const char *a,
+KL_INLINE void tiles(kl_split_terms terms, int rows, int columns, const float *from, int64_t ld_from, int64_t blocks, const char *a,
                                                         size_t a_strip, const char *b, size_t b_strip, float *C, int64_t ld, kl_ahead *ahead)
 {
     size_t ld_bytes = (size_t)ld * sizeof(float);
-    if (add) {
-        _tile_loadd(0, C, ld_bytes);
+    if (from) {
+        size_t from_bytes = (size_t)ld_from * sizeof(float);
+        _tile_loadd(0, from, from_bytes);
         if (columns == 2)
-            _tile_loadd(1, C + 16, ld_bytes);
+            _tile_loadd(1, from + 16, from_bytes);
         if (rows == 2)
-            _tile_loadd(2, C + 16 * ld, ld_bytes);
+            _tile_loadd(2, from + 16 * ld_from, from_bytes);
         if (rows == 2 && columns == 2)
-            _tile_loadd(3, C + 16 * ld + 16, ld_bytes);
+            _tile_loadd(3, from + 16 * ld_from + 16, from_bytes);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -174,7 +162,7 @@ static inline __attribute__((always_inline)) void tiles(kl_split_terms terms, in
         _tile_stored(3, C + 16 * ld + 16, ld_bytes);
 }
 
-static inline __attribute__((always_inline)) void product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const char *left, size_t a_strip,
+KL_INLINE void product(kl_split_terms terms, const float *from, int64_t ld_from, int64_t M, int64_t N, int64_t depth, const char *left, size_t a_strip,
                                                           const char *right, size_t b_strip, float *C, int64_t ld, kl_ahead *ahead)
 {
     int64_t blocks = (depth + 31) / 32, mt = (M + 15) / 16, nt = N / 16;
@@ -182,25 +170,26 @@ static inline __attribute__((always_inline)) void product(kl_split_terms terms, 
         for (int64_t m = 0; m < mt; m += 2) {
             const char *a = left + (size_t)m * a_strip, *b = right + (size_t)n * b_strip;
             float *c = C + m * 16 * ld + n * 16;
+            const float *f = from ? from + m * 16 * ld_from + n * 16 : NULL;
             if (m + 1 < mt && n + 1 < nt)
-                tiles(terms, 2, 2, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
+                tiles(terms, 2, 2, f, ld_from, blocks, a, a_strip, b, b_strip, c, ld, ahead);
             else if (m + 1 < mt)
-                tiles(terms, 2, 1, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
+                tiles(terms, 2, 1, f, ld_from, blocks, a, a_strip, b, b_strip, c, ld, ahead);
             else if (n + 1 < nt)
-                tiles(terms, 1, 2, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
+                tiles(terms, 1, 2, f, ld_from, blocks, a, a_strip, b, b_strip, c, ld, ahead);
             else
-                tiles(terms, 1, 1, add, blocks, a, a_strip, b, b_strip, c, ld, ahead);
+                tiles(terms, 1, 1, f, ld_from, blocks, a, a_strip, b, b_strip, c, ld, ahead);
         }
 }
 
-void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
+void kl_split_product(kl_split_terms terms, const float *from, int64_t ld_from, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
                       const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead)
 {
     size_t a_strip = kl_split_bytes(16, left_depth), b_strip = kl_split_bytes(16, right_depth);
     if (terms == KL_SPLIT_SIX)
-        product(KL_SPLIT_SIX, add, M, N, depth, left, a_strip, right, b_strip, C, ld, ahead);
+        product(KL_SPLIT_SIX, from, ld_from, M, N, depth, left, a_strip, right, b_strip, C, ld, ahead);
     else
-        product(KL_SPLIT_THREE, add, M, N, depth, left, a_strip, right, b_strip, C, ld, ahead);
+        product(KL_SPLIT_THREE, from, ld_from, M, N, depth, left, a_strip, right, b_strip, C, ld, ahead);
 }
 
 #else
@@ -216,10 +205,10 @@ void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float 
 {
     (void)depth, (void)N, (void)B, (void)ld, (void)row_scale, (void)packed, (void)strip_depth;
 }
-void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
+void kl_split_product(kl_split_terms terms, const float *from, int64_t ld_from, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
                       const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead)
 {
-    (void)terms, (void)add, (void)M, (void)N, (void)depth, (void)left, (void)left_depth, (void)right, (void)right_depth, (void)C, (void)ld,
+    (void)terms, (void)from, (void)ld_from, (void)M, (void)N, (void)depth, (void)left, (void)left_depth, (void)right, (void)right_depth, (void)C, (void)ld,
         (void)ahead;
 }
 

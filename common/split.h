@@ -13,6 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/simd.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -31,7 +33,7 @@ static inline size_t kl_split_bytes(int64_t rows, int64_t depth)
 
 /* Memory that will be read soon: rows of several matrices, asked for a few lines at a time while the unit works, so that
  * the requests never stand in the way of its own. */
-enum { KL_AHEAD_MATRICES = 4, KL_AHEAD_BYTES = 256 };
+enum { KL_AHEAD_MATRICES = 4, KL_AHEAD_BYTES = 128 };
 typedef struct kl_ahead {
     struct {
         const char *row;      /* the next one */
@@ -65,6 +67,28 @@ typedef enum kl_split_terms { KL_SPLIT_THREE, KL_SPLIT_SIX } kl_split_terms;
 /* An operand is packed in strips of 16 rows (of a left one) or columns (of a right one), strip_depth of the summed index
  * long: `depth` or more. Work on a part of a deeper operand begins kl_split_bytes(16, k) after its start, k a multiple of 32. */
 
+/* The unit sums over pairs of neighbours. Which two are neighbours is free as long as both operands agree: here indices k
+ * and k + 16 of each 32, so that neither needs more than a shift and a blend. One row of a tile, sixteen pairs (x0, x1), in
+ * two or three parts, KL_SPLIT_TILE bytes apart; the tiles of 32 of the summed index are KL_SPLIT_BLOCK bytes. */
+enum { KL_SPLIT_TILE = 1024, KL_SPLIT_BLOCK = 3 * KL_SPLIT_TILE };
+
+/* Bits whose upper half is x rounded to bf16: half an ulp is added to the magnitude. A NaN of all ones becomes zero here
+ * and stays a NaN in what is left. */
+KL_INLINE kl_v kl_split_rounded(kl_v x) { return (kl_v)((kl_vu)x + 0x8000u); }
+KL_INLINE kl_v kl_split_upper(kl_v x) { return (kl_v)((kl_vu)x & 0xffff0000u); }
+KL_INLINE void kl_split_store(char *to, kl_v x0, kl_v x1) { *(kl_vu *)to = ((kl_vu)x1 & 0xffff0000u) | ((kl_vu)x0 >> 16); }
+KL_INLINE void kl_split_pairs(int parts, kl_v x0, kl_v x1, char *to)
+{
+    kl_v h0 = kl_split_rounded(x0), h1 = kl_split_rounded(x1);
+    kl_split_store(to, h0, h1);
+    x0 -= kl_split_upper(h0);
+    x1 -= kl_split_upper(h1);
+    kl_v m0 = kl_split_rounded(x0), m1 = kl_split_rounded(x1);
+    kl_split_store(to + KL_SPLIT_TILE, m0, m1);
+    if (parts == 3)
+        kl_split_store(to + 2 * KL_SPLIT_TILE, x0 - kl_split_upper(m0), x1 - kl_split_upper(m1));
+}
+
 /* The left operand: A, or -A, [M,depth], rows `ld` apart, depth a multiple of 16 (padded to 32 with zeros). Rows
  * beyond M up to a multiple of 16 must be readable and may be anything: they make rows of the product that nobody reads.
  * For KL_SPLIT_THREE the last part is left out. */
@@ -72,9 +96,10 @@ void kl_split_left(kl_split_terms terms, int64_t M, int64_t depth, bool negative
 /* The right operand: B [depth,N], rows `ld` apart, N a multiple of 16; rows from depth up to a multiple of 32 count as 0.
  * row_scale, when given, then multiplies B in place: B <- Diag(row_scale) B. */
 void kl_split_right(int64_t depth, int64_t N, float *B, int64_t ld, const float *row_scale, void *packed, int64_t strip_depth);
-/* C = A B, or C += A B: C [M padded to 16, N], rows `ld` apart. ahead: what to ask for meanwhile, or NULL. */
-void kl_split_product(kl_split_terms terms, bool add, int64_t M, int64_t N, int64_t depth, const void *left, int64_t left_depth,
-                      const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead);
+/* C = from + A B (from NULL: A B; from may be C): C [M padded to 16, N], rows `ld` apart. ahead: what to ask for meanwhile,
+ * or NULL. */
+void kl_split_product(kl_split_terms terms, const float *from, int64_t ld_from, int64_t M, int64_t N, int64_t depth, const void *left,
+                      int64_t left_depth, const void *right, int64_t right_depth, float *C, int64_t ld, kl_ahead *ahead);
 
 #ifdef __cplusplus
 }

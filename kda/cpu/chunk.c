@@ -24,11 +24,25 @@ void kda_first_chunks(const kda_problem *p, int64_t *first_chunk)
     }
 }
 
-kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p)
+kda_chunk kda_chunk_take_shared(kl_arena *a, const kda_problem *p)
 {
     int64_t C = kda_chunk_tokens(p), Kp = kl_tile_pad(p->K), Vp = kl_tile_pad(p->V);
-    kda_chunk x;
-    float **keys[] = {&x.q, &x.k, &x.decay, &x.qg, &x.kg, &x.ke, &x.level.factor};
+    kda_chunk x = {.q = KL_TAKE(a, float, C * kda_leading(Kp)), .k = KL_TAKE(a, float, C * kda_leading(Kp))};
+    x.decay = KL_TAKE(a, float, C * kda_leading(Kp));
+    x.whole = KL_TAKE(a, float, Kp);
+    x.beta = KL_TAKE(a, float, C);
+    x.u = KL_TAKE(a, float, C * kda_leading(Vp));
+    x.o = KL_TAKE(a, float, C * kda_leading(Vp));
+    x.Aqk = KL_TAKE(a, float, C * C);
+    x.Akk = KL_TAKE(a, float, C * C);
+    return x;
+}
+
+kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p)
+{
+    int64_t C = kda_chunk_tokens(p), Kp = kl_tile_pad(p->K);
+    kda_chunk x = kda_chunk_take_shared(a, p);
+    float **keys[] = {&x.qg, &x.kg, &x.ke, &x.level.factor};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         *keys[i] = KL_TAKE(a, float, C * kda_leading(Kp));
     /* The levels are done before kg, qg and ke are made, and again (backward) after they were used. */
@@ -36,64 +50,48 @@ kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p)
     x.level.right0 = x.qg;
     x.level.right1 = x.ke;
     x.level.across = KL_TAKE(a, float, Kp * (C / 2));
-    x.whole = KL_TAKE(a, float, Kp);
-    x.beta = KL_TAKE(a, float, C);
-    x.u = KL_TAKE(a, float, C * kda_leading(Vp));
-    x.o = KL_TAKE(a, float, C * kda_leading(Vp));
-    x.Aqk = KL_TAKE(a, float, C * C);
-    x.Akk = KL_TAKE(a, float, C * C);
     x.packed.kg = KL_TAKE(a, char, kl_split_bytes(C, Kp));
-    x.packed.qg = KL_TAKE(a, char, kl_split_bytes(C, Kp));
     x.packed.ke = KL_TAKE(a, char, kl_split_bytes(Kp, C));
     x.packed.Akk = KL_TAKE(a, char, kl_split_bytes(C, C));
-    x.packed.Aqk = KL_TAKE(a, char, kl_split_bytes(C, C));
     x.packed.S = KL_TAKE(a, char, kl_split_bytes(KDA_PIECE, Kp));
     x.packed.u = KL_TAKE(a, char, kl_split_bytes(KDA_PIECE, C));
-    x.ahead = (kl_ahead){.rows = 0};
     return x;
 }
 
-void kda_chunk_look_ahead(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x)
+void kda_chunk_load_keys(const kda_panel *w, int64_t t, int64_t first, int64_t count, kda_chunk *x)
 {
     const kda_problem *p = w->p;
-    int64_t h = w->hv / (p->HV / p->H);
-    struct {
-        const void *tensor;
-        int64_t stride, width, first, columns;
-    } next[] = {
-        {p->q, p->q_stride, p->H * p->K, h * p->K, p->K},
-        {p->k, p->k_stride, p->H * p->K, h * p->K, p->K},
-        {p->G ? p->g : NULL, p->g_stride, p->HV * p->G, w->hv * p->G, p->G},
-        {p->v, p->v_stride, p->HV * p->V, w->hv * p->V + w->v0, w->columns},
-    };
-    x->ahead = (kl_ahead){.rows = count};
-    for (size_t i = 0; i < sizeof next / sizeof *next; i++) {
-        if (!next[i].tensor)
-            continue;
-        int64_t stride = kda_stride(next[i].stride, next[i].width);
-        x->ahead.matrix[x->ahead.matrices].row = (const char *)((const float *)next[i].tensor + t * stride + next[i].first);
-        x->ahead.matrix[x->ahead.matrices].stride = (size_t)stride * sizeof(float);
-        x->ahead.matrix[x->ahead.matrices++].bytes = (size_t)next[i].columns * sizeof(float);
+    int64_t K = p->K, Kl = w->Kl, h = w->hv / (p->HV / p->H);
+    int64_t q_stride = kda_stride(p->q_stride, p->H * K), k_stride = kda_stride(p->k_stride, p->H * K);
+    int64_t g_stride = kda_stride(p->g_stride, p->HV * p->G), beta_stride = kda_stride(p->beta_stride, p->HV);
+    float scale = kda_scale(p->scale, K);
+    for (int64_t i = first; i < first + count; i++, t++) {
+        kda_unit_row(p->qk_l2norm, K, scale, (const float *)p->q + t * q_stride + h * K, x->q + i * Kl);
+        kda_unit_row(p->qk_l2norm, K, 1.0f, (const float *)p->k + t * k_stride + h * K, x->k + i * Kl);
+        kda_decay_row(p, w->hv, p->G ? (const float *)p->g + t * g_stride + w->hv * p->G : NULL, x->decay + i * Kl);
+        x->beta[i] = kda_beta_value(p->beta_kind, ((const float *)p->beta)[t * beta_stride + w->hv]);
+    }
+}
+
+const float *kda_chunk_values(const kda_panel *w, int64_t t)
+{
+    const kda_problem *p = w->p;
+    return (const float *)p->v + t * kda_stride(p->v_stride, p->HV * p->V) + w->hv * p->V + w->v0;
+}
+
+void kda_chunk_load_values(const kda_panel *w, int64_t t, int64_t first, int64_t count, kda_chunk *x)
+{
+    for (int64_t i = first; i < first + count; i++, t++) {
+        float *u = x->u + i * w->Vl;
+        memcpy(u, kda_chunk_values(w, t), (size_t)w->columns * sizeof(float));
+        memset(u + w->columns, 0, (size_t)(w->Vp - w->columns) * sizeof(float));
     }
 }
 
 void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x)
 {
-    const kda_problem *p = w->p;
-    int64_t K = p->K, Kl = w->Kl, Vp = w->Vp, Vl = w->Vl, h = w->hv / (p->HV / p->H);
-    int64_t q_stride = kda_stride(p->q_stride, p->H * K), k_stride = kda_stride(p->k_stride, p->H * K);
-    int64_t v_stride = kda_stride(p->v_stride, p->HV * p->V), g_stride = kda_stride(p->g_stride, p->HV * p->G);
-    int64_t beta_stride = kda_stride(p->beta_stride, p->HV);
-    float scale = kda_scale(p->scale, K);
-    for (int64_t i = 0; i < count; i++, t++) {
-        kda_unit_row(p->qk_l2norm, K, scale, (const float *)p->q + t * q_stride + h * K, x->q + i * Kl);
-        kda_unit_row(p->qk_l2norm, K, 1.0f, (const float *)p->k + t * k_stride + h * K, x->k + i * Kl);
-        kda_decay_row(p, w->hv, p->G ? (const float *)p->g + t * g_stride + w->hv * p->G : NULL, x->decay + i * Kl);
-        x->beta[i] = kda_beta_value(p->beta_kind, ((const float *)p->beta)[t * beta_stride + w->hv]);
-        float *u = x->u + i * Vl;
-        memcpy(u, (const float *)p->v + t * v_stride + w->hv * p->V + w->v0, (size_t)w->columns * sizeof(float));
-        memset(u + w->columns, 0, (size_t)(Vp - w->columns) * sizeof(float));
-    }
+    kda_chunk_load_keys(w, t, 0, count, x);
+    kda_chunk_load_values(w, t, 0, count, x);
 }
 
 void kda_chunk_prepare(const kda_panel *w, int64_t count, kda_chunk *x)
@@ -151,23 +149,13 @@ static void write(const kda_panel *w, int64_t count, kda_chunk *x, float *S)
 
 /* ---- the same on the matrix unit: left operands once, then piece by piece of the columns ---- */
 
-/* The columns before each group of rows. */
-static void pack_lower(kl_split_terms terms, int64_t count, int64_t C, bool negative, const float *A, char *packed)
-{
-    for (int64_t i = KDA_GROUP; i < count; i += KDA_GROUP)
-        kl_split_left(terms, smaller(KDA_GROUP, count - i), i, negative, A + i * C, C, packed + kl_split_bytes(i, C), C);
-}
-
 static void pack(const kda_panel *w, int64_t count, unsigned wanted, kda_chunk *x)
 {
     int64_t C = w->C, Kp = w->Kp, Kl = w->Kl, padded = kl_tile_pad(count);
     if (!w->p->no_delta) {
         kl_split_left(KL_SPLIT_SIX, count, Kp, true, x->kg, Kl, x->packed.kg, Kp);
-        pack_lower(KL_SPLIT_SIX, count, C, true, x->Akk, x->packed.Akk);
-    }
-    if (wanted & KDA_READ) {
-        kl_split_left(KL_SPLIT_THREE, count, Kp, false, x->qg, Kl, x->packed.qg, Kp);
-        pack_lower(KL_SPLIT_THREE, count, C, false, x->Aqk, x->packed.Aqk);
+        for (int64_t i = KDA_GROUP; i < count; i += KDA_GROUP) /* the columns before each group of rows */
+            kl_split_left(KL_SPLIT_SIX, smaller(KDA_GROUP, count - i), i, true, x->Akk + i * C, C, x->packed.Akk + kl_split_bytes(i, C), C);
     }
     if (wanted & KDA_WRITE) {
         float *across = x->kg; /* ke^T [Kp,padded] */
@@ -193,22 +181,10 @@ static void correct_piece(const kda_panel *w, int64_t columns, int64_t count, kd
                 }
         } else {
             if (i)
-                kl_split_product(KL_SPLIT_SIX, true, n, columns, i, x->packed.Akk + kl_split_bytes(i, C), C, x->packed.u, C, ui, Vl, &x->ahead);
+                kl_split_product(KL_SPLIT_SIX, ui, Vl, n, columns, i, x->packed.Akk + kl_split_bytes(i, C), C, x->packed.u, C, ui, Vl, NULL);
             kda_solve_lower(n, columns, x->Akk + i * C + i, C, x->beta + i, ui, residual ? residual + i * Vl : NULL, Vl);
         }
         kl_split_right(n, columns, ui, Vl, NULL, x->packed.u + kl_split_bytes(16, i), C);
-    }
-}
-
-/* o of a piece, likewise. */
-static void read_piece(const kda_panel *w, int64_t columns, int64_t count, kda_chunk *x, const float *u, float *o)
-{
-    int64_t C = w->C, Vl = w->Vl;
-    for (int64_t i = 0; i < count; i += KDA_GROUP) {
-        int64_t n = smaller(KDA_GROUP, count - i);
-        if (i)
-            kl_split_product(KL_SPLIT_THREE, true, n, columns, i, x->packed.Aqk + kl_split_bytes(i, C), C, x->packed.u, C, o + i * Vl, Vl, &x->ahead);
-        kda_apply_lower(n, columns, false, x->Aqk + i * C + i, C, u + i * Vl, o + i * Vl, Vl);
     }
 }
 
@@ -227,13 +203,9 @@ void kda_chunk_apply(const kda_panel *w, int64_t count, unsigned wanted, float *
         int64_t columns = smaller(KDA_PIECE, w->Vp - v);
         kl_split_right(w->Kp, columns, S + v, w->Vl, wanted & KDA_WRITE ? x->whole : NULL, x->packed.S, w->Kp);
         if (!w->p->no_delta)
-            kl_split_product(KL_SPLIT_SIX, true, count, columns, w->Kp, x->packed.kg, w->Kp, x->packed.S, w->Kp, x->u + v, w->Vl, &x->ahead);
-        if (wanted & KDA_READ)
-            kl_split_product(KL_SPLIT_THREE, false, count, columns, w->Kp, x->packed.qg, w->Kp, x->packed.S, w->Kp, x->o + v, w->Vl, &x->ahead);
+            kl_split_product(KL_SPLIT_SIX, x->u + v, w->Vl, count, columns, w->Kp, x->packed.kg, w->Kp, x->packed.S, w->Kp, x->u + v, w->Vl, NULL);
         correct_piece(w, columns, count, x, x->u + v, residual ? residual + v : NULL);
-        if (wanted & KDA_READ)
-            read_piece(w, columns, count, x, x->u + v, x->o + v);
         if (wanted & KDA_WRITE)
-            kl_split_product(KL_SPLIT_SIX, true, w->Kp, columns, kl_tile_pad(count), x->packed.ke, w->C, x->packed.u, w->C, S + v, w->Vl, &x->ahead);
+            kl_split_product(KL_SPLIT_SIX, S + v, w->Vl, w->Kp, columns, kl_tile_pad(count), x->packed.ke, w->C, x->packed.u, w->C, S + v, w->Vl, NULL);
     }
 }

@@ -34,10 +34,9 @@ typedef struct kda_chunk {
     float *Aqk, *Akk;     /* [C,C]; upper triangles are never read */
     kda_level_scratch level;
     struct {
-        char *kg, *qg, *ke, *Akk, *Aqk; /* left operands; ke is [Kp,C] */
-        char *S, *u;                    /* right operands, KDA_PIECE columns at a time */
+        char *kg, *ke, *Akk; /* left operands; ke is [Kp,C] */
+        char *S, *u;         /* right operands, KDA_PIECE columns at a time */
     } packed;
-    kl_ahead ahead; /* what the next chunk will load */
 } kda_chunk;
 
 /* On the matrix unit so many columns of V are taken from u to the next state at a time; fewer would fit the first cache,
@@ -45,16 +44,21 @@ typedef struct kda_chunk {
 enum { KDA_PIECE = 128, KDA_GROUP = 32 };
 
 kda_chunk kda_chunk_take(kl_arena *a, const kda_problem *p);
-/* What is to be loaded next: asked for while the chunk before it is worked on. */
-void kda_chunk_look_ahead(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x);
+/* Only q, k, decay, whole, beta, u, o, Aqk and Akk; the rest is NULL. */
+kda_chunk kda_chunk_take_shared(kl_arena *a, const kda_problem *p);
 /* q, k, decay, beta, and v into u, of tokens [t, t + count). */
 void kda_chunk_load(const kda_panel *w, int64_t t, int64_t count, kda_chunk *x);
+/* In two parts, tokens [t, t + count) to the rows from `first` on: all but v, and v; where the row of v of token t begins. */
+void kda_chunk_load_keys(const kda_panel *w, int64_t t, int64_t first, int64_t count, kda_chunk *x);
+void kda_chunk_load_values(const kda_panel *w, int64_t t, int64_t first, int64_t count, kda_chunk *x);
+const float *kda_chunk_values(const kda_panel *w, int64_t t);
 /* All that the state does not enter: qg, kg, ke, whole, Aqk, Akk. */
 void kda_chunk_prepare(const kda_panel *w, int64_t count, kda_chunk *x);
 /* Of that only what the state after the chunk needs: kg, ke, whole, Akk. */
 void kda_chunk_prepare_write(const kda_panel *w, int64_t count, kda_chunk *x);
 /* With the state S [Kp,Vp] before the chunk: u from v (residual [C,Vp], when wanted, is u before beta); then, as wanted,
- * o from u, and S becomes the state after the chunk (which spoils kg). */
+ * o from u (not on the matrix unit, for which chunk_split.h has the whole), and S becomes the state after the chunk (which
+ * spoils kg). */
 enum { KDA_READ = 1, KDA_WRITE = 2 };
 void kda_chunk_apply(const kda_panel *w, int64_t count, unsigned wanted, float *S, kda_chunk *x, float *residual);
 

@@ -197,7 +197,7 @@ static void read_state(const panel *w, int64_t count, scratch *s)
     }
     kl_split_right(w->Kp, w->Vp, s->S, w->Vp, s->whole, s->state, w->Kp);
     kl_split_left(KL_SPLIT_SIX, 2 * count, w->Kp, false, s->a_start, w->Kl, s->rows, w->Kp);
-    kl_split_product(KL_SPLIT_SIX, false, 2 * count, w->Vp, w->Kp, s->rows, w->Kp, s->state, w->Kp, u, w->Vp, NULL);
+    kl_split_product(KL_SPLIT_SIX, NULL, 0, 2 * count, w->Vp, w->Kp, s->rows, w->Kp, s->state, w->Kp, u, w->Vp, NULL);
 }
 
 /* S <- Diag(whole) S + k_end^T v + b_end^T u */
@@ -212,7 +212,7 @@ static void write_state(const panel *w, int64_t count, scratch *s)
     kl_tile_transpose(padded, w->Kp, s->k_end, w->Kl, s->across, padded);
     kl_split_left(KL_SPLIT_SIX, w->Kp, padded, false, s->across, padded, s->rows, padded);
     kl_split_right(depth, w->Vp, s->v, w->Vp, NULL, s->corrections, padded);
-    kl_split_product(KL_SPLIT_SIX, true, w->Kp, w->Vp, padded, s->rows, padded, s->corrections, padded, s->S, w->Vp, NULL);
+    kl_split_product(KL_SPLIT_SIX, s->S, w->Vp, w->Kp, w->Vp, padded, s->rows, padded, s->corrections, padded, s->S, w->Vp, NULL);
 }
 
 static void run_chunk(const panel *w, int64_t count, scratch *s)

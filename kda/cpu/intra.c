@@ -120,57 +120,81 @@ void kda_off_diagonal(kda_tokens t, const float *x0, const float *x1, const floa
         }
 }
 
-enum { WALKERS = 4 }; /* columns that walk together, so that a row is loaded once for them */
+enum { MOST_VECTORS = 8 }; /* of a row that are walked at a time */
 
-/* Row i against the four columns that begin at j: walk[w] = y_(j+w) P(j+w->i) after `moving` of them were moved by the
- * decay of row i (a column's own row does not move it). */
-KL_INLINE void diagonal_row(kda_tokens t, int moving, const float *decay, const float *x0, const float *x1, float *walk,
-                         float *A0, float *A1, int64_t columns)
+/* A[i,j] and A[i,j+1] of one row i for both row matrices, or what these channels add to them. */
+KL_INLINE void diagonal_row(int vectors, bool two, bool add, const float *x0, const float *x1, const kl_v *left, const kl_v *right, float *A0, float *A1)
 {
-    kl_v sum[2 * WALKERS] = {{0}};
-    for (int64_t c = 0; c < t.width; c += KL_LANES) {
-        kl_v d = kl_vload(decay + c), r0 = kl_vload(x0 + c), r1 = x1 ? kl_vload(x1 + c) : r0;
+    kl_v sum[4] = {{0}};
 KL_UNROLL
-        for (int w = 0; w < WALKERS; w++) {
-            kl_v y = kl_vload(walk + w * t.ld + c);
-            if (w < moving) {
-                y *= d;
-                kl_vstore(walk + w * t.ld + c, y);
-            }
-            sum[w] += r0 * y;
-            sum[WALKERS + w] += r1 * y;
+    for (int v = 0; v < vectors; v++) {
+        kl_v r0 = kl_vload(x0 + v * KL_LANES);
+        sum[0] += r0 * left[v];
+        sum[1] += r0 * right[v];
+        if (two) {
+            kl_v r1 = kl_vload(x1 + v * KL_LANES);
+            sum[2] += r1 * left[v];
+            sum[3] += r1 * right[v];
         }
     }
-    kl_v sums = eight_sums(sum);
-    for (int64_t w = 0; w < columns; w++) {
-        A0[w] = sums[2 * w];
-        if (x1)
-            A1[w] = sums[2 * (WALKERS + w)];
+    store_four_sums(sum, add, A0, two ? A1 : NULL);
+}
+
+/* Columns j and j + 1 of a diagonal block against its rows j .. end-1: each column walks down in registers, y_j P(j->i),
+ * and every row is loaded once for the two. */
+KL_INLINE void diagonal_columns(int vectors, bool two, bool add, kda_tokens t, int64_t j, int64_t end, const float *x0, const float *x1,
+                                const float *y, float *A0, float *A1, int64_t lda)
+{
+    kl_v left[MOST_VECTORS], right[MOST_VECTORS];
+KL_UNROLL
+    for (int v = 0; v < vectors; v++) {
+        left[v] = kl_vload(y + j * t.ld + v * KL_LANES);
+        right[v] = (kl_v){0};
+    }
+    for (int64_t i = j; i < end; i++) {
+        diagonal_row(vectors, two, add, x0 + i * t.ld, two ? x1 + i * t.ld : NULL, left, right, A0 + i * lda + j, two ? A1 + i * lda + j : NULL);
+        if (i + 1 == end)
+            break;
+        const float *decay = t.decay + (i + 1) * t.ld;
+KL_UNROLL
+        for (int v = 0; v < vectors; v++) {
+            kl_v d = kl_vload(decay + v * KL_LANES);
+            left[v] *= d;
+            right[v] *= d;
+        }
+        if (i == j)
+KL_UNROLL
+            for (int v = 0; v < vectors; v++)
+                right[v] = kl_vload(y + (j + 1) * t.ld + v * KL_LANES);
+    }
+}
+
+KL_INLINE void diagonal_channels(int vectors, bool two, kda_tokens t, int64_t c, const float *x0, const float *x1, const float *y, float *A0,
+                                 float *A1, int64_t lda)
+{
+    t.decay += c;
+    for (int64_t j = 0; j < t.n; j += 2) {
+        int64_t end = smaller(j / KDA_BLOCK * KDA_BLOCK + KDA_BLOCK, t.n);
+        if (c)
+            diagonal_columns(vectors, two, true, t, j, end, x0 + c, two ? x1 + c : NULL, y + c, A0, A1, lda);
+        else
+            diagonal_columns(vectors, two, false, t, j, end, x0 + c, two ? x1 + c : NULL, y + c, A0, A1, lda);
     }
 }
 
 void kda_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda)
 {
-    float walk[WALKERS * (256 + 16)];
-    for (int64_t s = 0; s < t.n; s += KDA_BLOCK) {
-        int64_t end = smaller(s + KDA_BLOCK, t.n);
-        for (int64_t j = s; j < end; j += WALKERS) {
-            int64_t present = smaller(WALKERS, end - j);
-            memcpy(walk, y + j * t.ld, (size_t)(present * t.ld) * sizeof(float));
-            memset(walk + present * t.ld, 0, (size_t)((WALKERS - present) * t.ld) * sizeof(float));
-            for (int64_t i = j; i < end; i++) {
-                const float *decay = t.decay + i * t.ld, *r0 = x0 + i * t.ld, *r1 = x1 ? x1 + i * t.ld : NULL;
-                float *a0 = A0 + i * lda + j, *a1 = x1 ? A1 + i * lda + j : NULL;
-                switch (i - j) {
-                case 0: diagonal_row(t, 0, decay, r0, r1, walk, a0, a1, 1); break;
-                case 1: diagonal_row(t, 1, decay, r0, r1, walk, a0, a1, 2); break;
-                case 2: diagonal_row(t, 2, decay, r0, r1, walk, a0, a1, 3); break;
-                case 3: diagonal_row(t, 3, decay, r0, r1, walk, a0, a1, 4); break;
-                default: diagonal_row(t, 4, decay, r0, r1, walk, a0, a1, present); break;
-                }
-            }
-        }
-    }
+    int64_t c = 0;
+#define CHANNELS(vectors)                                                 \
+    for (; c + (vectors) * KL_LANES <= t.width; c += (vectors) * KL_LANES) \
+        if (x1)                                                           \
+            diagonal_channels(vectors, true, t, c, x0, x1, y, A0, A1, lda); \
+        else                                                              \
+            diagonal_channels(vectors, false, t, c, x0, NULL, y, A0, NULL, lda)
+    CHANNELS(8);
+    CHANNELS(4);
+    CHANNELS(1);
+#undef CHANNELS
 }
 
 /* ---- triangular systems: whole blocks by products, the diagonal blocks row by row in registers ---- */

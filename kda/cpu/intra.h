@@ -39,9 +39,9 @@ typedef struct kda_level_scratch {
 } kda_level_scratch;
 void kda_off_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda,
                       const kda_level_scratch *scratch);
-/* The same on the diagonal blocks, for j <= i: each column walks down its block with a running product. */
+/* The same on the diagonal blocks, for j <= i: each column walks down its block with a running product. The element right of
+ * each second diagonal one becomes 0. */
 void kda_diagonal(kda_tokens t, const float *x0, const float *x1, const float *y, float *A0, float *A1, int64_t lda);
-
 /* Forward substitution, U in place, columns a multiple of 16: with R the right-hand side,
  *     r_i = R_i - sum_{j<i} A[i,j] u_j;   u_i = beta_i r_i        (beta NULL: 1)
  * residual [n,ld], when wanted, receives r. */
