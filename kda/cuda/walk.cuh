@@ -35,11 +35,11 @@ struct kda_path {
 
 __device__ __forceinline__ kda_path kda_path_of(const kda_walk &p, int64_t pair)
 {
-    int64_t n = pair / p.HV;
-    n = p.sequences.row ? p.sequences.row[n].order : n;
+    int64_t n = (uint32_t)pair / (uint32_t)p.HV;
     kda_path path;
+    path.head = (uint32_t)pair % (uint32_t)p.HV;
+    n = p.sequences.row ? p.sequences.row[n].order : n;
     path.place = kda_place_of(p.sequences, n);
-    path.head = pair % p.HV;
     path.slot = p.state_index ? p.state_index[n] : n;
     path.tiles = path.slot >= 0 && path.slot < p.pool ? (int)path.place.tiles : -1;
     return path;
@@ -195,7 +195,8 @@ __device__ __forceinline__ void kda_walk_input(Ring &m, const kda_walk &p, const
 
 /* The blocks of w and then of kg that a tile's products read one after another, each fetched STEPS ahead of its use. */
 template <int KP> struct kda_blocks {
-    static constexpr int EACH = KP / 8, ALL = 2 * EACH, STEPS = KP == 256 ? 3 : 7;
+    static constexpr int EACH = KP / 8, ALL = 2 * EACH, STEPS = KP == 128 ? 7 : 3;
+    static_assert(EACH - STEPS > EACH / 2, "the next tile is asked for half-way through kg and waited for before its first block");
     uint32_t f[STEPS + 1][4];
 
     __device__ __forceinline__ void fetch(const unsigned char *tile, int i)
