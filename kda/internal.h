@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "kda/conv.h"
+#include "kda/decode_layer.h"
 #include "kda/dplr.h"
 #include "kda/gated_norm.h"
 #include "kda/kda.h"
@@ -55,6 +56,8 @@ size_t kda_cuda_conv_workspace(const kda_conv_problem *p, kl_pass pass);
 kl_status kda_cuda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p);
 kl_status kda_cuda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g);
 size_t kda_cuda_gated_norm_workspace(const kda_gated_norm_problem *p, kl_pass pass);
+bool kda_cuda_decode_fits(const kda_decode_problem *p);
+kl_status kda_cuda_decode(kl_ctx *ctx, const kda_decode_problem *p);
 kl_status kda_cuda_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p);
 kl_status kda_cuda_gated_norm_backward(kl_ctx *ctx, const kda_gated_norm_problem *p, const kda_gated_norm_grads *g);
 

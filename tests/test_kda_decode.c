@@ -6,6 +6,7 @@
 #include <cmocka.h>
 
 #include "common/gpu.h"
+#include "kda/decode_layer.h"
 #include "tests/kda_case.h"
 
 static void must(kl_status s)
@@ -186,6 +187,170 @@ static void recurrent_in_bf16(void **state)
     }
 }
 
+/* ---- the decode layer ---- */
+
+enum { POOL = 5 };
+
+typedef struct decode_case {
+    kda_decode_problem p;
+    kda_case *owner;
+    float *state, *tail[3], *y;
+    int64_t states, tails[3], outputs;
+} decode_case;
+
+static float *drawn(kda_case *c, kl_rng *r, int64_t n, float mean, float deviation)
+{
+    float *x = case_floats(c, n);
+    kl_fill_normal(r, x, (size_t)n, mean, deviation);
+    return x;
+}
+
+static decode_case new_decode(int64_t N, int64_t T, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t W, kda_state_layout layout, uint64_t seed)
+{
+    kl_rng rng = kl_rng_make(seed, 31), *r = &rng;
+    kda_case *c = calloc(1, sizeof *c);
+    int64_t tokens = N * T, G = seed % 2 ? K : 1;
+    decode_case x = {.owner = c, .states = POOL * HV * K * V, .outputs = tokens * HV * V};
+    x.state = drawn(c, r, x.states, 0.0f, 0.3f);
+    int64_t *index = case_alloc(c, N, sizeof *index, 0);
+    for (int64_t n = 0; n < N; n++)
+        index[n] = (3 * n + 1) % POOL;
+    x.y = case_floats(c, x.outputs);
+    x.p.kda = (kda_problem){.B = N, .N = N, .T = T, .H = H, .HV = HV, .K = K, .V = V, .G = G, .state_layout = layout, .gate = KDA_GATE_SOFTPLUS,
+                            .beta_kind = KDA_BETA_SIGMOID, .qk_l2norm = true, .q = drawn(c, r, tokens * H * K, 0.0f, 1.0f),
+                            .k = drawn(c, r, tokens * H * K, 0.0f, 1.0f), .v = drawn(c, r, tokens * HV * V, 0.0f, 1.0f),
+                            .g = drawn(c, r, tokens * HV * G, 0.0f, 1.0f), .beta = drawn(c, r, tokens * HV, 0.0f, 1.0f),
+                            .A_log = drawn(c, r, HV, 0.0f, 0.5f), .dt_bias = drawn(c, r, HV * G, -1.0f, 1.0f), .h0 = x.state, .ht = x.state,
+                            .state_index = index, .state_pool = POOL};
+    x.p.W = W;
+    for (int i = 0; i < 3; i++) {
+        int64_t D = i == 2 ? HV * V : H * K;
+        x.tails[i] = POOL * D * (W - 1);
+        x.p.weight[i] = drawn(c, r, D * W, 0.0f, 0.6f);
+        x.p.tail[i] = x.tail[i] = drawn(c, r, x.tails[i], 0.0f, 1.0f);
+    }
+    x.p.output_gate = (kda_output_gate)(seed % 3);
+    x.p.eps = 1e-5f;
+    x.p.norm_weight = drawn(c, r, V, 1.0f, 0.2f);
+    x.p.z = x.p.output_gate == KDA_OUT_NONE ? NULL : drawn(c, r, x.outputs, 0.0f, 1.0f);
+    x.p.y = x.y;
+    return x;
+}
+
+static void decode_on(kl_device device, const kda_decode_problem *p)
+{
+    kl_ctx *ctx;
+    must(kl_ctx_create(&ctx, &(kl_ctx_options){.device = device, .threads = 1}));
+    size_t bytes = kda_decode_workspace(ctx, p);
+    void *workspace = aligned_alloc(64, bytes + 64);
+    memset(workspace, 0xff, bytes + 64);
+    must(kda_decode(ctx, p, workspace, bytes));
+    free(workspace);
+    kl_ctx_destroy(ctx);
+}
+
+/* Outputs, states and tails of the second against the first. */
+static void decode_agrees(const decode_case *a, const decode_case *b, double limit)
+{
+    assert_true(kl_within(kl_rel_err_f32(b->y, a->y, (size_t)a->outputs), limit));
+    assert_true(kl_within(kl_rel_err_f32(b->state, a->state, (size_t)a->states), limit));
+    for (int i = 0; i < 3; i++)
+        assert_true(same_bits(a->tail[i], b->tail[i], a->tails[i]));
+}
+
+static void decode_layer_agrees_with_its_pieces(void **state)
+{
+    (void)state;
+    only_emulated();
+    /* heads of 128 in one kernel; anything else in pieces */
+    const int64_t shapes[][6] = {{3, 1, 2, 2, 128, 128}, {2, 3, 1, 1, 128, 128}, {2, 2, 1, 2, 128, 128}, {3, 1, 2, 2, 24, 20}};
+    uint64_t seed = 1;
+    for (int i = 0; i < 4; i++)
+        for (int64_t W = 1; W <= 4; W += 3)
+            for (int layout = 0; layout < 2; layout++, seed++) {
+                const int64_t *s = shapes[i];
+                decode_case a = new_decode(s[0], s[1], s[2], s[3], s[4], s[5], W, (kda_state_layout)layout, seed);
+                decode_case b = new_decode(s[0], s[1], s[2], s[3], s[4], s[5], W, (kda_state_layout)layout, seed);
+                decode_on(KL_CPU, &a.p);
+                decode_on(KL_CUDA, &b.p);
+                decode_agrees(&a, &b, kl_tol_kda_f32.forward);
+                case_free(a.owner);
+                case_free(b.owner);
+            }
+}
+
+/* Two tokens at once and one after the other leave the same bits. */
+static void decode_layer_split_has_the_same_bits(void **state)
+{
+    (void)state;
+    only_emulated();
+    decode_case a = new_decode(1, 2, 2, 2, 128, 128, 4, KDA_STATE_KV, 3), b = new_decode(1, 2, 2, 2, 128, 128, 4, KDA_STATE_KV, 3);
+    decode_on(KL_CUDA, &a.p);
+    kda_decode_problem p = b.p;
+    p.kda.T = 1;
+    decode_on(KL_CUDA, &p);
+    p.kda.q = (const float *)p.kda.q + 256;
+    p.kda.k = (const float *)p.kda.k + 256;
+    p.kda.v = (const float *)p.kda.v + 256;
+    p.kda.g = (const float *)p.kda.g + 2 * p.kda.G;
+    p.kda.beta = (const float *)p.kda.beta + 2;
+    p.z = p.z ? (const float *)p.z + 256 : NULL;
+    p.y = (float *)p.y + 256;
+    decode_on(KL_CUDA, &p);
+    decode_agrees(&a, &b, 0.0);
+    case_free(a.owner);
+    case_free(b.owner);
+}
+
+static void decode_layer_in_bf16(void **state)
+{
+    (void)state;
+    only_emulated();
+    for (int layout = 0; layout < 2; layout++) {
+        decode_case a = new_decode(3, 1, 2, 2, 128, 128, 4, (kda_state_layout)layout, 5), b = new_decode(3, 1, 2, 2, 128, 128, 4, (kda_state_layout)layout, 5);
+        const void **in[] = {&b.p.kda.q, &b.p.kda.k, &b.p.kda.v, &b.p.kda.g, &b.p.kda.beta, &b.p.z};
+        const void *same[] = {a.p.kda.q, a.p.kda.k, a.p.kda.v, a.p.kda.g, a.p.kda.beta, a.p.z};
+        const int64_t count[] = {3 * 256, 3 * 256, 3 * 256, 3 * 2 * a.p.kda.G, 3 * 2, a.p.z ? 3 * 256 : 0};
+        for (int i = 0; i < 6; i++)
+            *in[i] = count[i] ? rounded(a.owner, same[i], count[i]) : NULL;
+        b.p.kda.dtype = KL_BF16;
+        b.p.y = case_alloc(b.owner, b.outputs, 2, 0xff);
+        decode_on(KL_CPU, &a.p);
+        decode_on(KL_CUDA, &b.p);
+        kl_to_f32(b.y, b.p.y, KL_BF16, (size_t)b.outputs);
+        decode_agrees(&a, &b, kl_tol_kda_bf16.forward);
+        case_free(a.owner);
+        case_free(b.owner);
+    }
+}
+
+static void decode_layer_refuses_by_name(void **state)
+{
+    (void)state;
+    decode_case good = new_decode(1, 1, 1, 1, 8, 8, 4, KDA_STATE_KV, 1);
+    kl_ctx *ctx;
+    must(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = 1}));
+    kda_decode_problem p;
+#define REFUSED(change, name)                                                       \
+    do {                                                                            \
+        p = good.p;                                                                 \
+        change;                                                                     \
+        kl_status s = kda_decode(ctx, &p, NULL, 0);                                 \
+        assert_int_equal(s.code, KL_EINVAL);                                        \
+        assert_non_null(strstr(s.message, name));                                   \
+    } while (0)
+    REFUSED(p.W = 17, "W:");
+    REFUSED(p.tail[1] = NULL, "tail[1]:");
+    REFUSED(p.weight[2] = NULL, "weight[2]:");
+    REFUSED(p.kda.ht = NULL, "ht:");
+    REFUSED(p.z = p.z ? NULL : p.y, "z:");
+    REFUSED(p.norm_weight = NULL, "norm_weight:");
+    REFUSED(p.norm_weight_dtype = KL_I32, "norm_weight_dtype:");
+    REFUSED((void)p, "workspace:");
+    kl_ctx_destroy(ctx);
+    case_free(good.owner);
+}
+
 static void dispatch_on_cuda(void **state)
 {
     (void)state;
@@ -209,6 +374,10 @@ int main(void)
         cmocka_unit_test(recurrent_split_anywhere_has_the_same_bits),
         cmocka_unit_test(recurrent_leaves_out_slots_beyond_the_pool),
         cmocka_unit_test(recurrent_in_bf16),
+        cmocka_unit_test(decode_layer_agrees_with_its_pieces),
+        cmocka_unit_test(decode_layer_split_has_the_same_bits),
+        cmocka_unit_test(decode_layer_in_bf16),
+        cmocka_unit_test(decode_layer_refuses_by_name),
         cmocka_unit_test(dispatch_on_cuda),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

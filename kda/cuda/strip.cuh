@@ -76,9 +76,16 @@ template <int KP, bool VK, int WIDTH> struct kda_strip {
     __device__ __forceinline__ int own_column() const { return (VK ? c : r) < columns ? column(VK ? c : r) : -1; }
     __device__ __forceinline__ float own(const float o[columns]) const
     {
-        int j = VK ? c : r;
-        float low = j & 1 ? o[1] : o[0], high = j & 1 ? o[columns - 1] : o[columns - 2];
-        return j & 2 ? high : low;
+        float x[columns];
+#pragma unroll
+        for (int j = 0; j < columns; j++)
+            x[j] = o[j];
+#pragma unroll
+        for (int half = columns / 2; half; half /= 2)
+#pragma unroll
+            for (int j = 0; j < half; j++)
+                x[j] = (VK ? c : r) & half ? x[j + half] : x[j];
+        return x[0];
     }
 
     /* vector: rows are whole quads at whole addresses. state NULL: zero. */
