@@ -82,6 +82,7 @@ template <int KP> __device__ void head_backward(const kda_bwd_args &a, const hea
         for (int n = 0; n < jobs; n++)
             if (warp + n * warps < MATRIX_JOBS)
                 matrix_products<KP>(panels, warp + n * warps, shared, matrix[n]);
+        kl_fence_async_shared();
         __syncthreads();
     }
     if (a.dbeta && (int)threadIdx.x < w.rows.count) {

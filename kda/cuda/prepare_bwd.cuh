@@ -20,7 +20,7 @@ template <int KP> struct kda_prepare_bwd_room {
                          bytes = sums + KP / 16 * 48 * 4;
     /* Over the levels when they have been multiplied: */
     static constexpr int inverse = level /* float [2][32][33]: T, T' */, middle = inverse + 2 * 32 * 33 * 4 /* float [2][16][16] */,
-                         low = middle + 2048 /* image: what rounding T' leaves over */;
+                         low = middle + 2048 /* image: what rounding T' leaves over */, first = low + KDA_SMALL_BYTES /* float [2][16][16]: T00, Diag(beta) T'00 */;
 };
 
 namespace {
@@ -198,7 +198,7 @@ template <int KP> __device__ void prepare_inverses(unsigned char *shared)
     using room = kda_prepare_bwd_room<KP>;
     int warp = (int)threadIdx.x / 32, lane = kl_lane();
     const float *A = (const float *)(shared + room::A), *beta = (const float *)(shared + room::tile + kda_bwd_tile<KP>::rows);
-    float *T = (float *)(shared + room::inverse), *middle = (float *)(shared + room::middle);
+    float *T = (float *)(shared + room::inverse), *middle = (float *)(shared + room::middle), *X = (float *)(shared + room::first);
     if (warp < 2) {
         int which = lane >> 4, column = lane & 15, first = 16 * warp;
         float x[16];
@@ -211,25 +211,35 @@ template <int KP> __device__ void prepare_inverses(unsigned char *shared)
             s = (i == column ? 1.0f : 0.0f) - (which ? s : s * beta[first + i]);
             T[(which * 32 + first + i) * 33 + first + column] = s;
             x[i] = which ? s * beta[first + i] : s;
+            if (warp == 0)
+                X[which * 256 + i * 16 + column] = x[i];
         }
     }
     __syncthreads();
     for (int at = (int)threadIdx.x; at < 512; at += 2 * KP) {
         int which = at >> 8, i = at >> 4 & 15, c = at & 15;
         float s = 0.0f;
+#pragma unroll
         for (int j = 0; j < 16; j++)
-            s += A[(16 + i) * 33 + j] * T[(which * 32 + j) * 33 + c] * (j < c ? 0.0f : which ? beta[j] : beta[16 + i]);
-        middle[at] = s;
+            s += A[(16 + i) * 33 + j] * X[which * 256 + j * 16 + c];
+        middle[at] = which ? s : s * beta[16 + i];
     }
     __syncthreads();
     for (int at = (int)threadIdx.x; at < 512; at += 2 * KP) {
         int which = at >> 8, i = at >> 4 & 15, c = at & 15;
         float s = 0.0f;
-        for (int j = 0; j <= i; j++)
+#pragma unroll
+        for (int j = 0; j < 16; j++)
             s += T[(which * 32 + 16 + i) * 33 + 16 + j] * middle[which * 256 + j * 16 + c];
         T[(which * 32 + 16 + i) * 33 + c] = -s;
     }
     __syncthreads();
+}
+
+/* Four elements of an image's row. */
+__device__ __forceinline__ void store_four(unsigned char *to, const float x[4])
+{
+    *(uint2 *)to = make_uint2(kl_pack_bf16(x[0], x[1]), kl_pack_bf16(x[2], x[3]));
 }
 
 /* T', T and Aqk as images; what rounding T' leaves over as one more, for w'. */
@@ -238,14 +248,20 @@ template <int KP> __device__ void store_small(unsigned char *shared)
     using room = kda_prepare_bwd_room<KP>;
     using tile = kda_bwd_tile<KP>;
     const float *A = (const float *)(shared + room::A), *T = (const float *)(shared + room::inverse);
-    for (int at = (int)threadIdx.x; at < 1024; at += 2 * KP) {
-        int i = at >> 5, j = at & 31, to = kda_small_at(i, j >> 3) + 2 * (j & 7);
-        float x = j <= i ? T[(32 + i) * 33 + j] : 0.0f;
-        uint16_t high = kl_to_bf16(x);
-        *(uint16_t *)(shared + room::tile + tile::Tr + to) = high;
-        *(uint16_t *)(shared + room::low + to) = kl_to_bf16(x - __uint_as_float((uint32_t)high << 16));
-        *(uint16_t *)(shared + room::tile + tile::T + to) = kl_to_bf16(j <= i ? T[i * 33 + j] : 0.0f);
-        *(uint16_t *)(shared + room::tile + tile::Aqk + to) = kl_to_bf16(A[(32 + i) * 33 + j]);
+    for (int at = (int)threadIdx.x; at < 256; at += 2 * KP) {
+        int i = at >> 3, j = 4 * (at & 7), to = kda_small_at(i, j >> 3) + 2 * (j & 7);
+        float low[4], x[4], y[4], z[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            x[e] = j + e <= i ? T[(32 + i) * 33 + j + e] : 0.0f;
+            y[e] = j + e <= i ? T[i * 33 + j + e] : 0.0f;
+            z[e] = A[(32 + i) * 33 + j + e];
+            low[e] = x[e] - kl_bf16_low(kl_pack_bf16(x[e], 0.0f));
+        }
+        store_four(shared + room::tile + tile::Tr + to, x);
+        store_four(shared + room::low + to, low);
+        store_four(shared + room::tile + tile::T + to, y);
+        store_four(shared + room::tile + tile::Aqk + to, z);
     }
 }
 
