@@ -345,6 +345,12 @@ static void test_options(void **state)
         check(name, run(ctx, (case_options){.B = 1, .T = 50, .H = 1, .HV = 2, .K = 128, .G = 128, .gate = (kda_gate)(i % 3), .beta_kind = (kda_beta)(i / 3 % 3),
                                             .l2norm = i & 1, .no_delta = i == 7, .no_bias = i == 4, .decay = DECAY_STRONG, .seed = (uint64_t)i}));
     }
+    for (int i = 0; i < 6; i++) {
+        const int64_t G[] = {0, 1, 4, 8, 16, 64}; /* of 128 channels: none, heads, blocks of 32, 16, 8, 2 */
+        char name[64];
+        snprintf(name, sizeof name, "G %d of 128, gate %d", (int)G[i], i ? i % 3 : 0);
+        check(name, run(ctx, (case_options){.B = 1, .T = 41, .H = 1, .HV = 2, .K = 128, .G = G[i], .gate = i ? (kda_gate)(i % 3) : KDA_GATE_LOG, .decay = DECAY_MIXED, .seed = 6}));
+    }
     check("correlated keys", run(ctx, (case_options){.B = 1, .T = 64, .H = 1, .K = 128, .G = 128, .decay = DECAY_SLOW, .correlated = true, .seed = 3}));
     check("deep, K 256", run(ctx, (case_options){.B = 1, .T = 40, .H = 1, .K = 256, .G = 256, .decay = DECAY_SIXTY_OR_ZERO, .correlated = true, .l2norm = true, .seed = 3}));
     kl_ctx_destroy(ctx);

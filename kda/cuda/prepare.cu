@@ -125,7 +125,10 @@ kda_tile_source kda_tile_source_of(const kda_problem *p)
     s.scale = kda_scale(p->scale, p->K);
     s.qk_l2norm = p->qk_l2norm;
     s.no_delta = p->no_delta;
-    s.wide = p->G == p->K && p->K == kda_padded(p->K) && aligned(p->q, s.q_stride) && aligned(p->k, s.k_stride) && aligned(p->g, s.g_stride);
+    bool whole = p->K == kda_padded(p->K);
+    s.wide = whole && aligned(p->q, s.q_stride) && aligned(p->k, s.k_stride);
+    s.g_wide = whole && p->G == p->K && aligned(p->g, s.g_stride);
+    s.g_cells = whole && !s.g_wide && (p->G == 0 || p->K / p->G % 8 == 0);
     return s;
 }
 

@@ -14,7 +14,8 @@ struct kda_tile_source {
     int gate, beta_kind;
     float lower_bound, scale;
     bool qk_l2norm, no_delta;
-    bool wide; /* rows of q, k and g are whole, aligned 16-byte pieces, and K = KP */
+    bool wide, g_wide; /* rows of q and k (of g) are whole, aligned 16-byte pieces, and K = KP */
+    bool g_cells;      /* not so of g, but 8 neighbouring channels share its number, and K = KP */
 };
 
 /* A tile's place in the tensors, and a thread's own in its rows: four threads a row, 16 bytes apart. */
@@ -42,7 +43,8 @@ template <int KP> __device__ __forceinline__ void kda_fetch_rows(const kda_tile_
         int second = c + (KP > 64 && thread & 2 ? 64 : 0);
         kl_prefetch(at.q + second);
         kl_prefetch(at.k + second);
-        kl_prefetch(at.g + second);
+        if (s.g_wide)
+            kl_prefetch(at.g + second);
     }
 }
 
@@ -76,23 +78,44 @@ template <int KP> __device__ __forceinline__ void kda_load_part(unsigned char *r
     }
 }
 
+/* g where it is not whole pieces. */
+template <int KP> __device__ __forceinline__ void kda_load_shared_gates(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *rows, int thread)
+{
+    const uint16_t *g = s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr;
+    uint32_t rest = kda_gate_rest(s.gate);
+    int block = s.G ? s.K / s.G : 1;
+    if (!s.g_cells) {
+        kda_load_narrow<KP>(rows, g, s.g_stride, tokens, s.K, block, rest, thread);
+        return;
+    }
+    int row = thread >> 2;
+#pragma unroll
+    for (int j = 0; j < KP / 32; j++) {
+        int c = (thread & 3) + 4 * j;
+        uint32_t x = g && row < tokens ? g[row * s.g_stride + (s.G == 1 ? 0 : 8 * c / block)] * 0x10001u : rest;
+        *(uint4 *)(rows + kda_cell(row, c)) = make_uint4(x, x, x, x);
+    }
+}
+
 /* What is not whole. */
 template <int KP>
 __device__ __forceinline__ void kda_load_other_rows(const kda_tile_source &s, int hv, int64_t token, int tokens, unsigned char *q, unsigned char *k,
                                                     unsigned char *g, int thread)
 {
+    kda_tile_rows at = kda_locate_rows(s, hv, token, tokens, thread);
+    bool there = thread >> 2 < tokens;
+    if (s.g_wide)
+        kda_load_part<KP>(g, at.g, there, kda_gate_rest(s.gate), thread);
+    else
+        kda_load_shared_gates<KP>(s, hv, token, tokens, g, thread);
     if (s.wide) {
-        kda_tile_rows at = kda_locate_rows(s, hv, token, tokens, thread);
-        bool there = thread >> 2 < tokens;
         kda_load_part<KP>(q, at.q, there, 0, thread);
         kda_load_part<KP>(k, at.k, there, 0, thread);
-        kda_load_part<KP>(g, at.g, there, kda_gate_rest(s.gate), thread);
         return;
     }
     int64_t h = kda_key_head(s, hv) * s.K;
     kda_load_narrow<KP>(q, s.q + token * s.q_stride + h, s.q_stride, tokens, s.K, 1, 0, thread);
     kda_load_narrow<KP>(k, s.k + token * s.k_stride + h, s.k_stride, tokens, s.K, 1, 0, thread);
-    kda_load_narrow<KP>(g, s.g ? s.g + token * s.g_stride + (int64_t)hv * s.G : nullptr, s.g_stride, tokens, s.K, s.G ? s.K / s.G : 1, kda_gate_rest(s.gate), thread);
 }
 
 /* Starts the copies of a tile's rows; returns at once where rows are wide. */
@@ -104,10 +127,13 @@ __device__ __forceinline__ void kda_load_rows(const kda_tile_source &s, const kd
 #pragma unroll
         for (int j = 0; j < KP / 32; j++) {
             int to = (cell ^ (j & 1) << 6) + 4096 * (j >> 1);
-            kl_copy16(g + to, at.g + 32 * j);
+            if (s.g_wide)
+                kl_copy16(g + to, at.g + 32 * j);
             kl_copy16(k + to, at.k + 32 * j);
             kl_copy16(q + to, at.q + 32 * j);
         }
+        if (!s.g_wide)
+            kda_load_shared_gates<KP>(s, at.hv, at.token, 32, g, thread);
     } else
         kda_load_other_rows<KP>(s, at.hv, at.token, at.tokens, q, k, g, thread);
     kl_copy_commit();
