@@ -27,6 +27,7 @@ struct kl_grid {
     size_t shared = 0;           /* bytes of dynamic shared memory */
     int cluster = 1;             /* blocks along x that form a cluster */
     bool overlap = false;        /* may start while the launch before it drains; the kernel calls kl_grid_wait() */
+    bool resident = false;       /* all blocks run at the same time and may wait for one another; refused when they do not fit */
 };
 
 #ifdef KL_EMULATE

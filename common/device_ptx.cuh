@@ -22,7 +22,7 @@ inline kl_status kl_launch_prepare(const char *name, const kl_grid &g, const voi
     return kl_ok();
 }
 
-inline cudaLaunchConfig_t kl_launch_config(const kl_ctx *ctx, const kl_grid &g, cudaLaunchAttribute attribute[2])
+inline cudaLaunchConfig_t kl_launch_config(const kl_ctx *ctx, const kl_grid &g, cudaLaunchAttribute attribute[3])
 {
     cudaLaunchConfig_t c = {};
     c.gridDim = dim3((unsigned)g.x, (unsigned)g.y, (unsigned)g.z);
@@ -41,6 +41,11 @@ inline cudaLaunchConfig_t kl_launch_config(const kl_ctx *ctx, const kl_grid &g, 
         a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         a.val.programmaticStreamSerializationAllowed = 1;
     }
+    if (g.resident) {
+        cudaLaunchAttribute &a = attribute[c.numAttrs++];
+        a.id = cudaLaunchAttributeCooperative;
+        a.val.cooperative = 1;
+    }
     return c;
 }
 
@@ -54,7 +59,7 @@ kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void 
         return kl_error(KL_EUNSUPPORTED, "%s: expected a grid of at most 2147483647 x 65535 x 65535, got %lld x %lld x %lld", name,
                         (long long)g.x, (long long)g.y, (long long)g.z);
     KL_TRY(kl_launch_prepare(name, g, (const void *)kernel));
-    cudaLaunchAttribute attribute[2];
+    cudaLaunchAttribute attribute[3];
     cudaLaunchConfig_t c = kl_launch_config(ctx, g, attribute);
     return kl_cuda(cudaLaunchKernelEx(&c, kernel, P(args)...), name);
 }
@@ -65,7 +70,7 @@ template <class... P> int kl_resident_clusters(const kl_ctx *ctx, const kl_grid 
     int count = 0;
     if (kl_failed(kl_launch_prepare("clusters", g, (const void *)kernel)))
         return 0;
-    cudaLaunchAttribute attribute[2];
+    cudaLaunchAttribute attribute[3];
     cudaLaunchConfig_t c = kl_launch_config(ctx, g, attribute);
     return cudaOccupancyMaxActiveClusters(&count, kernel, &c) == cudaSuccess ? count : 0;
 }
@@ -191,48 +196,58 @@ __device__ __forceinline__ kl_operand kl_operand_of(const void *shared, int alon
 }
 __device__ __forceinline__ kl_operand kl_operand_at(kl_operand x, int bytes) { return {x.descriptor + (uint64_t)(bytes >> 4)}; }
 
-/* c [64 x N] += a [64 x 16] b [16 x N]: warp w holds rows 16 w .. 16 w + 15 of a and of c as for kl_mma, c in N / 8 pieces of
+template <int N, bool add> struct kl_wgmma_of;
+template <bool add> struct kl_wgmma_of<32, add> {
+    static __device__ __forceinline__ void run(float *c, const uint32_t a[4], kl_operand b)
+    {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
+                     " {%16,%17,%18,%19}, %20, %21, 1, 1, 0;"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+                       "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(add));
+    }
+};
+template <bool add> struct kl_wgmma_of<64, add> {
+    static __device__ __forceinline__ void run(float *c, const uint32_t a[4], kl_operand b)
+    {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+                     " {%32,%33,%34,%35}, %36, %37, 1, 1, 0;"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+                       "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+                       "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+                       "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(add));
+    }
+};
+template <bool add> struct kl_wgmma_of<128, add> {
+    static __device__ __forceinline__ void run(float *c, const uint32_t a[4], kl_operand b)
+    {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
+                     " {%64,%65,%66,%67}, %68, %69, 1, 1, 0;"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+                       "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+                       "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+                       "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+                       "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+                       "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+                       "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+                       "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(add));
+    }
+};
+/* c [64 x N] += a [64 x 16] b [16 x N] (=, without add): warp w holds rows 16 w .. 16 w + 15 of a and of c as for kl_mma, c in N / 8 pieces of
  * four. Asynchronous: kl_wgmma_fence() before the first after ordinary code wrote c or a, kl_wgmma_commit() after the
- * last, kl_wgmma_wait before c is read or a is written again. */
-template <int N> __device__ __forceinline__ void kl_wgmma(float *c, const uint32_t a[4], kl_operand b);
-template <> __device__ __forceinline__ void kl_wgmma<32>(float *c, const uint32_t a[4], kl_operand b)
+ * last, kl_wgmma_wait before c is read or a is written again. Products in flight on the same c have the same N. */
+template <int N, bool add = true> __device__ __forceinline__ void kl_wgmma(float *c, const uint32_t a[4], kl_operand b)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-                 " {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                   "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor));
-}
-template <> __device__ __forceinline__ void kl_wgmma<64>(float *c, const uint32_t a[4], kl_operand b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-                 " {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                   "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-                   "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
-                   "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor));
-}
-template <> __device__ __forceinline__ void kl_wgmma<128>(float *c, const uint32_t a[4], kl_operand b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-                 " {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                   "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-                   "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
-                   "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
-                   "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
-                   "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
-                   "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
-                   "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor));
+    kl_wgmma_of<N, add>::run(c, a, b);
 }
 __device__ __forceinline__ void kl_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void kl_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -337,6 +352,22 @@ __device__ __forceinline__ void kl_copy_arrive(uint64_t *bar)
 }
 __device__ __forceinline__ void kl_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int left> __device__ __forceinline__ void kl_copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory"); }
+
+/* ---- between blocks that are resident together: numbers in global memory that only grow ---- */
+
+__device__ __forceinline__ int kl_load_acquire(const int *p)
+{
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void kl_store_release(int *p, int v) { asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(p), "r"(v) : "memory"); }
+/* Waits until *p is at least v; what was written before it became so is there. */
+__device__ __forceinline__ void kl_await(const int *p, int v)
+{
+    while (kl_load_acquire(p) < v)
+        __nanosleep(20);
+}
 
 /* ---- clusters and grids ---- */
 

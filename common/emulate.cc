@@ -332,8 +332,11 @@ bool kl_gpu_launched(int i, const char **name, size_t *shared)
     return true;
 }
 
-kl_status kl_emulated_run(const char *name, const kl_grid &g, const std::function<void()> &body)
+kl_status kl_emulated_run(const char *name, const kl_grid &grid, const std::function<void()> &body)
 {
+    kl_grid g = grid;
+    if (g.resident)
+        g.cluster = (int)(g.x < 16 ? g.x : 16); /* run together, as a cluster is; more than 16 do not fit */
     if (g.x <= 0 || g.y <= 0 || g.z <= 0)
         return kl_ok();
     if (g.x > INT32_MAX || g.y > 65535 || g.z > 65535)

@@ -317,9 +317,12 @@ static inline kl_operand kl_operand_of(const void *shared, int along_k, int alon
 }
 static inline kl_operand kl_operand_at(kl_operand x, int bytes) { return {x.shared + bytes, x.along_k, x.along_n}; }
 struct kl_wgmma_args { float *c; const uint32_t *a; kl_operand b; };
-template <int N> static inline void kl_wgmma(float *c, const uint32_t a[4], kl_operand b)
+template <int N, bool add = true> static inline void kl_wgmma(float *c, const uint32_t a[4], kl_operand b)
 {
     kl_wgmma_args m = {c, a, b};
+    if (!add)
+        for (int i = 0; i < N / 2; i++)
+            c[i] = 0.0f;
     kl_emulated_collective("wgmma", 0xffffffffu, &m, [](void *args[32], uint32_t) {
         float A[16][16];
         for (int lane = 0; lane < 32; lane++)
@@ -442,6 +445,15 @@ static inline void kl_copy4(void *shared, const void *global, bool valid = true)
 static inline void kl_copy_arrive(uint64_t *bar) { kl_emulated_arrive((kl_mbar *)bar, 0); }
 static inline void kl_copy_commit() {}
 template <int left> static inline void kl_copy_wait() {}
+
+/* ---- between resident blocks ---- */
+static inline int kl_load_acquire(const int *p) { return *(const volatile int *)p; }
+static inline void kl_store_release(int *p, int v) { *(volatile int *)p = v; }
+static inline void kl_await(const int *p, int v)
+{
+    struct awaited { const int *p; int v; } a = {p, v};
+    kl_emulated_wait("await", [](void *what) { return kl_load_acquire(((awaited *)what)->p) >= ((awaited *)what)->v; }, &a);
+}
 
 /* ---- clusters and grids ---- */
 static inline int kl_cluster_rank() { return kl_emulated->block->rank; }

@@ -23,15 +23,15 @@ template <int KP> struct kda_core_tile {
 static inline size_t kda_core_tile_bytes(int64_t K) { return K <= 64 ? kda_core_tile<64>::bytes : kda_core_tile<128>::bytes; }
 
 /* Byte offsets: of w and qg at (channel, token), of kg, of Tb and Aqk. */
-template <int KP> __device__ __forceinline__ int kda_core_w(int c, int token)
+template <int KP> __host__ __device__ __forceinline__ int kda_core_w(int c, int token)
 {
     return kda_core_tile<KP>::RO + c / 8 * kda_core_tile<KP>::RO_row + token / 8 * 128 + token % 8 * 16 + c % 8 * 2;
 }
-template <int KP> __device__ __forceinline__ int kda_core_qg(int c, int token) { return kda_core_w<KP>(c, token) + 512; }
-template <int KP> __device__ __forceinline__ int kda_core_kg(int c, int token)
+template <int KP> __host__ __device__ __forceinline__ int kda_core_qg(int c, int token) { return kda_core_w<KP>(c, token) + 512; }
+template <int KP> __host__ __device__ __forceinline__ int kda_core_kg(int c, int token)
 {
     return kda_core_tile<KP>::G + token / 8 * kda_core_tile<KP>::G_row + c / 8 * 128 + c % 8 * 16 + token % 8 * 2;
 }
-__device__ __forceinline__ int kda_core_pair(int i, int j) { return j / 8 * 512 + i / 8 * 128 + i % 8 * 16 + j % 8 * 2; }
+__host__ __device__ __forceinline__ int kda_core_pair(int i, int j) { return j / 8 * 512 + i / 8 * 128 + i % 8 * 16 + j % 8 * 2; }
 
 #endif
