@@ -49,12 +49,14 @@ static kl_status check_cuda_chunk_named(const kda_problem *p, kl_pass pass, cons
 }
 
 static kl_status check_cuda_chunk(const void *problem, kl_pass pass) { return check_cuda_chunk_named(problem, pass, "chunk"); }
-static kl_status check_cuda_two_pass(const void *problem, kl_pass pass)
+static kl_status check_cuda_chunk_forward(const void *problem, kl_pass pass, const char *name)
 {
     if (pass != KL_FORWARD)
-        return kl_error(KL_EUNSUPPORTED, "kda: pass: variant chunk_two_pass on cuda offers forward only");
-    return check_cuda_chunk_named(problem, pass, "chunk_two_pass");
+        return kl_error(KL_EUNSUPPORTED, "kda: pass: variant %s on cuda offers forward only", name);
+    return check_cuda_chunk_named(problem, pass, name);
 }
+static kl_status check_cuda_two_pass(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_two_pass"); }
+static kl_status check_cuda_persistent(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_persistent"); }
 #endif
 
 static double tokens(const kda_problem *p) { return (double)p->B * (double)p->T; }
@@ -144,6 +146,13 @@ static kl_status run_cuda_two_pass(kl_ctx *ctx, const void *problem, void *works
     KL_TRY(check_cuda_two_pass(problem, KL_FORWARD));
     return kda_cuda_two_pass_forward(ctx, problem, workspace, bytes);
 }
+
+static kl_status run_cuda_persistent(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(check_cuda_persistent(problem, KL_FORWARD));
+    return kda_cuda_persistent_forward(ctx, problem, workspace, bytes);
+}
 #endif
 
 static const kl_variant variants[] = {
@@ -158,6 +167,8 @@ static const kl_variant variants[] = {
      workspace_cuda_chunk, run_cuda_chunk, run_cuda_chunk_backward, cost_chunk},
     {"kda", "chunk_two_pass", KL_CUDA, "the same tiles, all prepared before the walk: any K and V", check_cuda_two_pass,
      kda_cuda_two_pass_workspace, run_cuda_two_pass, NULL, cost_chunk},
+    {"kda", "chunk_persistent", KL_CUDA, "the same tiles through a ring in the second cache, a block on every multiprocessor", check_cuda_persistent,
+     kda_cuda_persistent_workspace, run_cuda_persistent, NULL, cost_chunk},
 #endif
 };
 

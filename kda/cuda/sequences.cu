@@ -3,11 +3,16 @@
 
 #include <algorithm>
 
-namespace {
-
-enum { ROWS = 120 }; /* of one upload */
-
-} // namespace
+void kda_sequences_order(const kda_problem *p, int64_t *order)
+{
+    const int64_t *cu = p->cu_seqlens;
+    for (int64_t n = 0; n < p->N; n++)
+        order[n] = n;
+    std::sort(order, order + p->N, [cu](int64_t a, int64_t b) {
+        int64_t la = cu[a + 1] - cu[a], lb = cu[b + 1] - cu[b];
+        return la != lb ? la > lb : a < b;
+    });
+}
 
 kda_sequences kda_sequences_of(const kda_problem *p, const void *table)
 {
@@ -20,7 +25,7 @@ kda_sequences kda_sequences_of(const kda_problem *p, const void *table)
     return s;
 }
 
-/* Longest first where all rows fit one upload, as they come otherwise. */
+/* Longest first where they are few, as they come otherwise. */
 kl_status kda_sequences_upload(const kl_ctx *ctx, const kda_problem *p, void *table)
 {
     if (!p->cu_seqlens)
@@ -28,6 +33,7 @@ kl_status kda_sequences_upload(const kl_ctx *ctx, const kda_problem *p, void *ta
     const int64_t *cu = p->cu_seqlens;
     int tile = kda_tile_tokens(p);
     int64_t chunk = kda_chunk_tokens(p);
+    enum { ROWS = KDA_ORDERED_SEQUENCES + 1 }; /* of one upload */
     kda_sequence_row row[ROWS], next = {};
     for (int64_t first = 0; first <= p->N; first += ROWS) {
         int count = (int)std::min<int64_t>(ROWS, p->N + 1 - first);
@@ -42,14 +48,9 @@ kl_status kda_sequences_upload(const kl_ctx *ctx, const kda_problem *p, void *ta
             next.tile += kda_ceil(length, tile);
             next.chunk += kda_ceil(length, chunk);
         }
-        if (p->N < ROWS) {
-            int64_t order[ROWS];
-            for (int64_t n = 0; n < p->N; n++)
-                order[n] = n;
-            std::sort(order, order + p->N, [cu](int64_t a, int64_t b) {
-                int64_t la = cu[a + 1] - cu[a], lb = cu[b + 1] - cu[b];
-                return la != lb ? la > lb : a < b;
-            });
+        if (p->N <= KDA_ORDERED_SEQUENCES) {
+            int64_t order[KDA_ORDERED_SEQUENCES];
+            kda_sequences_order(p, order);
             for (int64_t n = 0; n < p->N; n++)
                 row[n].order = order[n];
         }

@@ -6,6 +6,8 @@
 #include "common/device.cuh"
 #include "kda/internal.h"
 
+enum { KDA_ORDERED_SEQUENCES = 119 }; /* so many, and no more, are taken longest first; their table is one upload */
+
 /* What lies before a sequence; order: the sequence that comes here when the longest go first. */
 struct kda_sequence_row {
     int64_t begin, tile, chunk, order;
@@ -48,6 +50,7 @@ static inline size_t kda_sequences_bytes(const kda_problem *p)
     return p->cu_seqlens ? (size_t)(p->N + 1) * sizeof(kda_sequence_row) : 0;
 }
 kda_sequences kda_sequences_of(const kda_problem *p, const void *table);
+void kda_sequences_order(const kda_problem *p, int64_t *order); /* [N], at most KDA_ORDERED_SEQUENCES */
 kl_status kda_sequences_upload(const kl_ctx *ctx, const kda_problem *p, void *table);
 
 /* ceil(a / b), b a power of two. */
