@@ -43,10 +43,11 @@ const kl_case *kl_image_case(const kl_image *image) { return &image->on; }
 static int64_t pool_slots(int64_t N) { return 2 * N + 1; }
 static int64_t pool_slot(int64_t N, int64_t n) { return 2 * (N - n) - 1; }
 
+/* An empty tensor may have the address of the next one. */
 static const kl_case_tensor *tensor_of(const kl_case *c, const float *out)
 {
     for (int i = 0; i < c->count; i++)
-        if (c->tensor[i].out == out)
+        if (c->tensor[i].out == out && c->tensor[i].T * c->tensor[i].H * c->tensor[i].D > 0)
             return &c->tensor[i];
     return NULL;
 }
