@@ -82,6 +82,8 @@ size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pa
 kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+size_t kda_cuda_chunk_backward_workspace(const kl_ctx *ctx, const kda_problem *p);
+kl_status kda_cuda_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads, void *workspace, size_t bytes);
 
 #ifdef __cplusplus
 }

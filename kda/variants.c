@@ -39,19 +39,22 @@ static kl_status check_cuda_recurrent(const void *problem, kl_pass pass)
 
 static kl_status check_cuda_chunk_named(const kda_problem *p, kl_pass pass, const char *name)
 {
-    if (pass != KL_FORWARD)
-        return kl_error(KL_EUNSUPPORTED, "kda: pass: variant %s on cuda offers forward only", name);
     if (p->dtype != KL_BF16)
         return kl_error(KL_EUNSUPPORTED, "kda: dtype: variant %s on cuda offers bfloat16, got %s", name, kl_dtype_name(p->dtype));
     if (p->state_dtype != KL_F32)
         return kl_error(KL_EUNSUPPORTED, "kda: state_dtype: variant %s on cuda offers float32, got %s", name, kl_dtype_name(p->state_dtype));
-    if (p->token_states)
+    if (pass == KL_FORWARD && p->token_states)
         return kl_error(KL_EUNSUPPORTED, "kda: token_states: variant %s does not offer them, variant recurrent does", name);
     return kl_ok();
 }
 
 static kl_status check_cuda_chunk(const void *problem, kl_pass pass) { return check_cuda_chunk_named(problem, pass, "chunk"); }
-static kl_status check_cuda_two_pass(const void *problem, kl_pass pass) { return check_cuda_chunk_named(problem, pass, "chunk_two_pass"); }
+static kl_status check_cuda_two_pass(const void *problem, kl_pass pass)
+{
+    if (pass != KL_FORWARD)
+        return kl_error(KL_EUNSUPPORTED, "kda: pass: variant chunk_two_pass on cuda offers forward only");
+    return check_cuda_chunk_named(problem, pass, "chunk_two_pass");
+}
 #endif
 
 static double tokens(const kda_problem *p) { return (double)p->B * (double)p->T; }
@@ -122,6 +125,19 @@ static kl_status run_cuda_chunk(kl_ctx *ctx, const void *problem, void *workspac
     return kda_cuda_chunk_forward(ctx, problem, workspace, bytes);
 }
 
+static kl_status run_cuda_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(kda_validate_grads(problem, grads));
+    KL_TRY(check_cuda_chunk(problem, KL_BACKWARD));
+    return kda_cuda_chunk_backward(ctx, problem, grads, workspace, bytes);
+}
+
+static size_t workspace_cuda_chunk(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    return pass == KL_BACKWARD ? kda_cuda_chunk_backward_workspace(ctx, problem) : kda_cuda_chunk_workspace(ctx, problem, pass);
+}
+
 static kl_status run_cuda_two_pass(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
     KL_TRY(kda_validate(ctx, problem));
@@ -139,7 +155,7 @@ static const kl_variant variants[] = {
     {"kda", "recurrent", KL_CUDA, "one state update a token; decode steps, several tokens a step, float32", check_cuda_recurrent,
      kda_cuda_recurrent_workspace, run_cuda_recurrent, NULL, cost_recurrent},
     {"kda", "chunk", KL_CUDA, "tiles of 32 tokens on the tensor cores, prepared and walked over in one kernel, bfloat16", check_cuda_chunk,
-     kda_cuda_chunk_workspace, run_cuda_chunk, NULL, cost_chunk},
+     workspace_cuda_chunk, run_cuda_chunk, run_cuda_chunk_backward, cost_chunk},
     {"kda", "chunk_two_pass", KL_CUDA, "the same tiles, all prepared before the walk: any K and V", check_cuda_two_pass,
      kda_cuda_two_pass_workspace, run_cuda_two_pass, NULL, cost_chunk},
 #endif
