@@ -287,7 +287,7 @@ static inline kl_status case_run_on(kl_device device, kda_case *c, const char *v
         return s;
     const kl_variant *v = kda_pick(device, variant, &c->p, pass);
     size_t bytes = v->workspace(ctx, &c->p, pass);
-    char *workspace = aligned_alloc(64, bytes + 64);
+    char *workspace = aligned_alloc(64, (bytes + 127) / 64 * 64);
     if (!workspace)
         abort();
     memset(workspace, 0xff, bytes + 64);
