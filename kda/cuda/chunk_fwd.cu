@@ -49,8 +49,6 @@ template <int KP> kl_status launch_walk(const kl_ctx *ctx, const kda_problem *p,
     return kl_launch(ctx, "kda walk", g, walk<KP>, kda_walk_of(p, table), (const unsigned char *)tiles, splits);
 }
 
-size_t table_bytes(const kda_problem *p) { return (kda_sequences_bytes(p) + 1023) / 1024 * 1024; }
-
 } // namespace
 
 kda_walk kda_walk_of(const kda_problem *p, const void *table)
@@ -81,7 +79,7 @@ size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pa
 {
     const kda_problem *p = (const kda_problem *)problem;
     (void)ctx, (void)pass;
-    return table_bytes(p) + (size_t)(kda_tile_count(p) * p->HV) * kda_tile_bytes(p->K);
+    return kda_sequences_room(p) + (size_t)(kda_tile_count(p) * p->HV) * kda_tile_bytes(p->K);
 }
 
 kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
@@ -89,7 +87,7 @@ kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *work
     const kda_problem *p = (const kda_problem *)problem;
     size_t need = kda_cuda_two_pass_workspace(ctx, p, KL_FORWARD);
     KL_REQUIRE(!need || (workspace && bytes >= need), "kda: workspace: expected %zu bytes, got %zu", need, workspace ? bytes : 0);
-    unsigned char *tiles = (unsigned char *)workspace + table_bytes(p);
+    unsigned char *tiles = (unsigned char *)workspace + kda_sequences_room(p);
     KL_TRY(kda_sequences_upload(ctx, p, workspace));
     KL_TRY(kda_cuda_prepare(ctx, p, workspace, tiles));
     switch (kda_padded(p->K)) {

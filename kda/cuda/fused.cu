@@ -181,8 +181,6 @@ template <class F> __global__ void __launch_bounds__(THREADS, 1) forward(const _
     kl_cluster_sync(); /* nobody leaves while others still signal it */
 }
 
-size_t table_bytes(const kda_problem *p) { return (kda_sequences_bytes(p) + 1023) / 1024 * 1024; }
-
 template <class F> kl_grid grid_of(int64_t clusters)
 {
     kl_grid g;
@@ -204,7 +202,7 @@ template <class F> kl_status launch(const kl_ctx *ctx, const kda_problem *p, voi
     work w = {};
     w.walk = kda_walk_of(p, workspace);
     w.source = kda_tile_source_of(p);
-    w.ring = (unsigned char *)workspace + table_bytes(p);
+    w.ring = (unsigned char *)workspace + kda_sequences_room(p);
     w.pairs = p->N * p->HV;
     return kl_launch(ctx, "kda fused", grid_of<F>(clusters), forward<F>, w);
 }
@@ -224,7 +222,7 @@ size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass 
     const kda_problem *p = (const kda_problem *)problem;
     if (!fits(ctx, p))
         return kda_cuda_two_pass_workspace(ctx, p, pass);
-    return table_bytes(p) + (size_t)(p->N * p->HV) * eight::BLOCKS * PLACES * eight::TILE;
+    return kda_sequences_room(p) + (size_t)(p->N * p->HV) * eight::BLOCKS * PLACES * eight::TILE;
 }
 
 kl_status kda_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)

@@ -49,6 +49,8 @@ static inline size_t kda_sequences_bytes(const kda_problem *p)
 {
     return p->cu_seqlens ? (size_t)(p->N + 1) * sizeof(kda_sequence_row) : 0;
 }
+/* The same where tiles follow it: up to their alignment. */
+static inline size_t kda_sequences_room(const kda_problem *p) { return (kda_sequences_bytes(p) + 1023) / 1024 * 1024; }
 kda_sequences kda_sequences_of(const kda_problem *p, const void *table);
 void kda_sequences_order(const kda_problem *p, int64_t *order); /* [N], at most KDA_ORDERED_SEQUENCES */
 kl_status kda_sequences_upload(const kl_ctx *ctx, const kda_problem *p, void *table);
