@@ -208,9 +208,8 @@ kl_status kl_case_kda(kl_case *c, const kl_kda_spec *given)
     else if (l.cu)
         pack(&l);
     const kl_kda_spec *s = &l.s;
-    /* Among few channels any two keys are close, and without decay nothing of them is forgotten. */
-    bool kept = s->G == 0 || s->regime == KL_REGIME_ZERO;
-    c->correlated = s->regime == KL_REGIME_SLOW || (kept && s->K <= 8);
+    /* Among few channels any two keys are close, and the worst head and window is an extreme of few roundings, not a mean of many. */
+    c->correlated = s->regime == KL_REGIME_SLOW || s->K <= 8;
     static const char *const gates[] = {"", " softplus", " bounded"};
     int used = snprintf(c->name, sizeof c->name, "%s%s T%lld H%lld HV%lld K%lld V%lld", kl_regime_name(s->regime), gates[s->gate],
                         (long long)s->T, (long long)s->H, (long long)s->HV, (long long)s->K, (long long)s->V);
