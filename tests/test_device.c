@@ -82,6 +82,34 @@ static void every_placement_gives_the_same_numbers(void **state)
     }
 }
 
+/* Latents and weights keep the type that they have on the host. */
+static void latents_lie_there_as_on_the_host(void **state)
+{
+    (void)state;
+    if (!ctx)
+        skip();
+    static const kl_mla_spec mla = {.N = 2, .T = 9, .Tq = 5, .H = 3, .R = 24, .Dn = 8, .Dr = 4, .Dv = 16, .latent_dtype = KL_BF16,
+                                    .weight_dtype = KL_F16, .backward = true, .seed = 5};
+    kl_variant v = kl_reference_mla;
+    v.device = KL_CUDA;
+    for (int i = 0; i < 2; i++) {
+        kl_scratch scratch = {0};
+        kl_case c;
+        assert_ok(kl_case_mla(&c, &mla));
+        assert_ok(kl_case_place(&c, &(kl_placement){.dtype = i ? KL_BF16 : KL_F32, .gap = 8 * i}, NULL));
+        for (kl_pass pass = KL_FORWARD; pass <= KL_BACKWARD; pass++) {
+            assert_ok(kl_case_run(ctx, &c, &kl_reference_mla, pass, &scratch));
+            assert_ok(kl_case_keep(&c, pass));
+            assert_ok(kl_case_run(ctx, &c, &v, pass, &scratch));
+            double err = kl_case_worst(&c, pass, NULL);
+            if (!kl_within(err, i ? 2.5e-3 : 1e-6))
+                fail_msg("%s pass %d: error %g", c.name, (int)pass, err);
+        }
+        kl_scratch_free(&scratch);
+        kl_case_free(&c);
+    }
+}
+
 /* Kernels with one fault each. */
 enum { FAULT_INPUT, FAULT_GAP, FAULT_SLOT, FAULT_WORKSPACE, FAULT_OMISSION, FAULTS };
 static int fault;
@@ -263,6 +291,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(rounding_forgets_what_was_wanted),
         cmocka_unit_test(every_placement_gives_the_same_numbers),
+        cmocka_unit_test(latents_lie_there_as_on_the_host),
         cmocka_unit_test(what_a_variant_must_not_touch_is_watched),
         cmocka_unit_test(inputs_are_of_the_regime_asked_for),
         cmocka_unit_test(a_row_of_the_bench_is_whole),
