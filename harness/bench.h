@@ -36,9 +36,9 @@ kl_status kl_shapes_parse(const char *family, const char *text, const kl_shape *
 typedef enum kl_bench_pass { KL_BENCH_FWD = 0, KL_BENCH_BWD, KL_BENCH_DECODE, KL_BENCH_PREFILL, KL_BENCH_FWDBWD, KL_BENCH_PASSES } kl_bench_pass;
 const char *kl_bench_pass_name(kl_bench_pass p);
 
-/* A list of shapes with a name: what it holds, and the passes that it is meant for. */
+/* A list of shapes with a name: the family, what it holds, and the passes that it is meant for. */
 typedef struct kl_shape_list {
-    const char *name, *shapes, *summary;
+    const char *family, *name, *shapes, *summary;
     bool pass[KL_BENCH_PASSES];
 } kl_shape_list;
 const kl_shape_list *kl_shape_lists(int *count);
@@ -90,6 +90,7 @@ typedef struct kl_bench_row {
     int64_t err_T;            /* tokens of the problem that the error was taken on; 0: the timed one */
     int64_t err_heads[8];     /* query heads that it was taken on, and how many; 0: all */
     int err_head_count;
+    int64_t err_rows;         /* rows (a query of a head) that it was taken on; 0: all */
     size_t workspace_bytes, peak_bytes;
 } kl_bench_row;
 kl_status kl_bench_emit(kl_bench *b, const kl_bench_row *row);

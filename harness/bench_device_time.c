@@ -179,7 +179,7 @@ kl_status kl_ceilings_measure_device(kl_ctx *ctx, kl_ceilings *c)
     if (!kl_failed(s))
         s = kl_gpu_alloc(ctx, &b, bytes);
     if (!kl_failed(s))
-        s = kl_device_normal(ctx, a, KL_BF16, (int64_t)(bytes / 2), 1);
+        s = kl_device_normal(ctx, a, KL_BF16, (int64_t)(bytes / 2), 1.0f, 1);
     if (!kl_failed(s))
         s = kl_gpu_clock_create(ctx, &clock);
     if (!kl_failed(s))

@@ -106,6 +106,7 @@ static void add_error(cJSON *o, const kl_bench_row *r)
     cJSON_AddItemToObject(o, "err", isfinite(r->err) ? cJSON_CreateNumber(r->err) : cJSON_CreateNull());
     cJSON_AddNumberToObject(o, "err_limit", r->err_limit);
     add_size(o, "err_T", r->err_T);
+    add_size(o, "err_rows", r->err_rows);
     if (r->err_part > 0.0)
         cJSON_AddNumberToObject(o, "err_worst_part", r->err_part);
     if (!r->err_head_count)
@@ -184,7 +185,7 @@ static void emit_device_text(kl_bench *b, const kl_bench_row *r)
     kl_format_bytes((double)r->workspace_bytes, room, sizeof room);
     snprintf(spread, sizeof spread, "%.1f .. %.1f", 1e6 * r->seconds.min, 1e6 * r->seconds.max);
     binding bound = binds(b, r);
-    printf("%-4s %-6s %-9s %-6s %-22s", r->family, kl_bench_pass_name(r->pass), r->variant, r->gate, shape);
+    printf("%-4s %-6s %-9s %-6s %-22s", r->family, kl_bench_pass_name(r->pass), r->variant, r->gate ? r->gate : "", shape);
     print_time(&t->graph);
     printf(" %19s", spread);
     print_time(&t->warm);
@@ -195,6 +196,8 @@ static void emit_device_text(kl_bench *b, const kl_bench_row *r)
            100.0 * bound.fraction, bound.name, room, err, limit);
     if (!kl_within(r->err, r->err_limit))
         printf("  WRONG");
+    if (r->err_rows)
+        printf("  (error of %lld rows)", (long long)r->err_rows);
     for (int i = 0; i < r->err_head_count; i++)
         printf("%s%lld%s", i ? " " : "  (error of heads ", (long long)r->err_heads[i], i + 1 == r->err_head_count ? ")" : "");
     putchar('\n');

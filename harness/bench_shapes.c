@@ -4,17 +4,20 @@
 #include "harness/bench.h"
 #include "harness/cli.h"
 
-/* The shapes that KDA on a device is measured at. */
+/* The shapes that a device is measured at. */
 static const kl_shape_list lists[] = {
-    {"ten", "T=2048,H=12;T=2048,H=16;T=4096,H=8;T=4096,H=12;T=8192,N=4,H=12;T=8192,H=16;T=1024,H=4;T=3072,H=10;T=8192,H=24;T=16384,N=8,H=16",
+    {"kda", "ten", "T=2048,H=12;T=2048,H=16;T=4096,H=8;T=4096,H=12;T=8192,N=4,H=12;T=8192,H=16;T=1024,H=4;T=3072,H=10;T=8192,H=24;T=16384,N=8,H=16",
      "the ten shapes", {[KL_BENCH_FWD] = true}},
-    {"heads32", "T=8192,H=32;T=32768;T=131072", "the released model's heads", {[KL_BENCH_FWD] = true}},
-    {"heads96", "T=8192,H=64;T=8192,H=96;lengths=1300+547+2048+963+271+3063;T=8192,N=8", "many heads, one sequence and several", {[KL_BENCH_FWD] = true}},
-    {"train", "T=8192,H=32,raw=1", "forward and backward with gate, norms and sigmoid inside", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true, [KL_BENCH_FWDBWD] = true}},
-    {"decode", "T=1,H=32,B=8;B=32;B=64;B=128;B=256", "one token for each of B sequences", {[KL_BENCH_DECODE] = true}},
-    {"fig2", "T=2048,H=16,dplr=1;T=4096;T=8192;T=16384;T=32768;T=65536;T=2048,G=8,dplr=0;T=4096;T=8192;T=16384;T=32768;T=65536;"
+    {"kda", "heads32", "T=8192,H=32;T=32768;T=131072", "the released model's heads", {[KL_BENCH_FWD] = true}},
+    {"kda", "heads96", "T=8192,H=64;T=8192,H=96;lengths=1300+547+2048+963+271+3063;T=8192,N=8", "many heads, one sequence and several", {[KL_BENCH_FWD] = true}},
+    {"kda", "train", "T=8192,H=32,raw=1", "forward and backward with gate, norms and sigmoid inside", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true, [KL_BENCH_FWDBWD] = true}},
+    {"kda", "decode", "T=1,H=32,B=8;B=32;B=64;B=128;B=256", "one token for each of B sequences", {[KL_BENCH_DECODE] = true}},
+    {"kda", "fig2", "T=2048,H=16,dplr=1;T=4096;T=8192;T=16384;T=32768;T=65536;T=2048,G=8,dplr=0;T=4096;T=8192;T=16384;T=32768;T=65536;"
      "T=2048,G=1;T=4096;T=8192;T=16384;T=32768;T=65536", "KDA and general DPLR, gates a block of 16, gates a head", {[KL_BENCH_FWD] = true}},
-    {"gates", "T=8192,H=32;G=32;G=8;G=1;G=0", "gates a channel, a block, a head, and none", {[KL_BENCH_FWD] = true}},
+    {"kda", "gates", "T=8192,H=32;G=32;G=8;G=1;G=0", "gates a channel, a block, a head, and none", {[KL_BENCH_FWD] = true}},
+    {"mla", "prefill", "T=8192,H=32;T=16384;T=32768", "the released model's heads, all keys from the queries' own tokens", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true}},
+    {"mla", "late", "T=32768,Tq=2048,H=32;T=131072", "2048 queries at the end of a long latent cache", {[KL_BENCH_FWD] = true}},
+    {"mla", "decode", "T=1048576,N=1,H=32;T=131072,N=8;T=4096,N=128", "one token for each of N sequences", {[KL_BENCH_DECODE] = true}},
 };
 
 const kl_shape_list *kl_shape_lists(int *count)

@@ -33,7 +33,7 @@ static const char doc[] =
     "Times every registered variant and prints one row a case, with the fraction of what this machine reaches and the error against the reference.\v"
     "Keys of --shapes: kda B T N H HV K V G C lengths, on a device raw (gate, norms and sigmoid inside) and dplr; mla N T Tq H R Dn Dr Dv latent weight lengths; moe T D E I Is top_k weight; "
     "model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'. "
-    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates.";
+    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates; for mla: prefill, late, decode.";
 
 static kl_status choose_pass(bench_options *o, const char *name)
 {
@@ -123,8 +123,8 @@ static const kl_shape_list *named_list(const char *family, const char *shapes)
 {
     int count;
     const kl_shape_list *list = kl_shape_lists(&count);
-    for (int i = 0; strcmp(family, "kda") == 0 && i < count; i++)
-        if (strcmp(shapes, list[i].name) == 0)
+    for (int i = 0; i < count; i++)
+        if (strcmp(family, list[i].family) == 0 && strcmp(shapes, list[i].name) == 0)
             return &list[i];
     return NULL;
 }

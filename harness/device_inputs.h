@@ -12,8 +12,8 @@ extern "C" {
 /* Fills q, k, v, g, beta, h0, A_log, dt_bias of the problem, and d_o, dht of the gradients (NULL: no gradients), as
  * kl_case_kda does for the host: the same distributions, other numbers. */
 kl_status kl_device_inputs(const kl_ctx *ctx, const kda_problem *p, const kda_grads *g, kl_regime regime, uint64_t seed);
-/* N(0,1). */
-kl_status kl_device_normal(const kl_ctx *ctx, void *x, kl_dtype type, int64_t count, uint64_t seed);
+/* N(0, stddev). */
+kl_status kl_device_normal(const kl_ctx *ctx, void *x, kl_dtype type, int64_t count, float stddev, uint64_t seed);
 /* The general form of a problem with a log gate and plain beta, whose tensors d points to. */
 kl_status kl_device_general(const kl_ctx *ctx, const kda_problem *p, const dplr_problem *d);
 

@@ -6,9 +6,9 @@ kl_status kl_device_inputs(const kl_ctx *ctx, const kda_problem *p, const kda_gr
 {
     return (void)ctx, (void)p, (void)g, (void)regime, (void)seed, kl_gpu_check(0);
 }
-kl_status kl_device_normal(const kl_ctx *ctx, void *x, kl_dtype type, int64_t count, uint64_t seed)
+kl_status kl_device_normal(const kl_ctx *ctx, void *x, kl_dtype type, int64_t count, float stddev, uint64_t seed)
 {
-    return (void)ctx, (void)x, (void)type, (void)count, (void)seed, kl_gpu_check(0);
+    return (void)ctx, (void)x, (void)type, (void)count, (void)stddev, (void)seed, kl_gpu_check(0);
 }
 kl_status kl_device_general(const kl_ctx *ctx, const kda_problem *p, const dplr_problem *d)
 {

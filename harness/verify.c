@@ -301,7 +301,8 @@ kl_status kl_verify_summary(kl_verifier *v)
                 s = kl_case_dplr(&c, &kda);
             kl_case_free(&kda);
         } else if (family == KL_FAMILY_MLA) {
-            s = kl_case_mla(&c, &(kl_mla_spec){.T = 256, .H = 4, .R = 512, .Dn = 128, .Dr = 64, .Dv = 128, .backward = true, .seed = 1});
+            kl_dtype stored = v->ctx->device == KL_CUDA ? KL_BF16 : KL_F32;
+            s = kl_case_mla(&c, &(kl_mla_spec){.latent_dtype = stored, .weight_dtype = stored, .T = 256, .H = 4, .R = 512, .Dn = 128, .Dr = 64, .Dv = 128, .backward = true, .seed = 1});
         } else if (family == KL_FAMILY_MOE) {
             s = kl_case_moe(&c, &(kl_moe_spec){.T = 128, .D = 256, .E = 16, .I = 128, .top_k = 4, .Is = 128, .renormalize = true,
                                                .scale = 2.446f, .backward = true, .seed = 1});

@@ -1,7 +1,7 @@
 /* Arguments are refused here, in the order device, dtype, layout, shape, options, before anything is read. */
 #include <limits.h>
 
-#include "mla/cpu/internal.h"
+#include "mla/internal.h"
 
 static kl_status check_dtypes(kl_device device, const mla_problem *p)
 {
@@ -104,6 +104,32 @@ kl_status mla_enter_cpu(const kl_ctx *ctx, const mla_problem *p, bool writes_o)
 {
     KL_REQUIRE(!ctx || ctx->device == KL_CPU, "device: expected a context on the cpu, got one on %s", kl_device_name(ctx->device));
     return writes_o ? mla_validate(ctx, p) : mla_validate_inputs(ctx, p);
+}
+
+kl_status mla_enter_cuda(const kl_ctx *ctx, const mla_problem *p, const char *variant, bool writes_o)
+{
+    KL_TRY(writes_o ? mla_validate(ctx, p) : mla_validate_inputs(ctx, p));
+    KL_REQUIRE(ctx->device == KL_CUDA, "device: expected a context on cuda, got one on %s", kl_device_name(ctx->device));
+    KL_TRY(mla_check_bf16(p, variant));
+    const struct { const char *name; const void *at; } tensor[] = {{"q", p->q}, {"latent", p->latent}, {"kv_b", p->kv_b}, {"o", p->o}};
+    for (size_t i = 0; i < sizeof tensor / sizeof *tensor; i++)
+        KL_REQUIRE((uintptr_t)tensor[i].at % 16 == 0, "%s: expected an address that is a multiple of 16 on cuda, got %p", tensor[i].name, tensor[i].at);
+    return kl_ok();
+}
+
+kl_status mla_check_bf16(const mla_problem *p, const char *variant)
+{
+    const struct { const char *name; kl_dtype dtype; } tensor[] = {{"dtype", p->dtype}, {"latent_dtype", p->latent_dtype}, {"weight_dtype", p->weight_dtype}};
+    for (size_t i = 0; i < sizeof tensor / sizeof *tensor; i++)
+        if (tensor[i].dtype != KL_BF16)
+            return kl_error(KL_EUNSUPPORTED, "%s: mla %s on cuda offers bfloat16, got %s", tensor[i].name, variant, kl_dtype_name(tensor[i].dtype));
+    if (p->latent_rows > INT_MAX)
+        return kl_error(KL_EUNSUPPORTED, "latent_rows: mla %s on cuda offers at most %d, got %lld", variant, INT_MAX, (long long)p->latent_rows);
+    const struct { const char *name; int64_t value; } eighth[] = {{"R", p->R}, {"Dr", p->Dr}, {"Dn", p->Dn}, {"Dv", p->Dv}, {"q_stride", p->q_stride}};
+    for (size_t i = 0; i < sizeof eighth / sizeof *eighth; i++)
+        if (eighth[i].value % 8)
+            return kl_error(KL_EUNSUPPORTED, "%s: mla %s on cuda offers multiples of 8, got %lld", eighth[i].name, variant, (long long)eighth[i].value);
+    return kl_ok();
 }
 
 static bool overlap(const mla_problem *p, int64_t a, int64_t b)

@@ -1,7 +1,7 @@
 /* The table of variants, and the choice among them for each sequence by the work that either form would do. */
 #include <string.h>
 
-#include "mla/cpu/internal.h"
+#include "mla/internal.h"
 
 static kl_status check_forward(const void *problem, kl_pass pass)
 {
@@ -52,7 +52,8 @@ static kl_cost cost(const void *problem, kl_pass pass)
         else /* expand once, its two gradients; s, dp, dq, dk, dv */
             flops += H * (3.0 * expand + 2.0 * pairs(p, n) * (3.0 * head + 2.0 * (double)p->Dv));
     }
-    double q = queries * H * head * 4.0, o = queries * H * (double)p->Dv * 4.0, width = (double)(p->R + p->Dr);
+    double element = (double)kl_dtype_size(p->dtype), width = (double)(p->R + p->Dr);
+    double q = queries * H * head * element, o = queries * H * (double)p->Dv * element;
     double latent = keys * width * (double)kl_dtype_size(p->latent_dtype), weights = H * (double)(p->Dn + p->Dv) * (double)p->R;
     double bytes = q + o + latent + weights * (double)kl_dtype_size(p->weight_dtype);
     if (pass == KL_BACKWARD) /* dq, dlatent, dkv_b read and written */
@@ -68,12 +69,20 @@ static const kl_variant table[] = {
     {"mla", "chunk", KL_CPU, "keys and values expanded head by head, tiled online softmax", check_any, chunk_workspace,
      mla_chunk_forward, mla_chunk_backward, cost},
 };
-enum { RECURRENT, CHUNK };
+enum { RECURRENT, CHUNK, VARIANTS = sizeof table / sizeof *table }; /* the first two: on the cpu */
 
 const kl_variant *mla_variants(int *count)
 {
-    *count = (int)(sizeof table / sizeof *table);
+    *count = VARIANTS;
     return table;
+}
+
+static const kl_variant *find(kl_device device, const char *name)
+{
+    for (int i = 0; i < VARIANTS; i++)
+        if (table[i].device == device && strcmp(table[i].name, name) == 0)
+            return &table[i];
+    return NULL;
 }
 
 /* ---- dispatch: by sequence, so that neighbours do not change what a sequence gets ---- */
@@ -158,15 +167,27 @@ static kl_status mixed_forward(kl_ctx *ctx, const void *problem, void *workspace
 static const kl_variant mixed = {"mla", "mixed", KL_CPU, "for each sequence the variant that suits it", check_any, mixed_workspace,
                                  mixed_forward, mla_chunk_backward, cost};
 
+/* Up to this many queries in every sequence, a device reads the latents themselves. */
+enum { FEW_QUERIES = 8 };
+
+static const kl_variant *pick_cuda(const mla_problem *p, kl_pass pass)
+{
+    const kl_variant *recurrent = find(KL_CUDA, "recurrent"), *chunk = find(KL_CUDA, "chunk");
+    if (pass == KL_BACKWARD || !chunk)
+        return pass == KL_BACKWARD ? chunk : recurrent;
+    int64_t most = 0;
+    for (int64_t n = 0; p && p->cu_q && n < p->N; n++)
+        most = mla_max(most, mla_queries(p, n));
+    return most <= FEW_QUERIES && !(p && kl_failed(recurrent->check(p, pass))) ? recurrent : chunk;
+}
+
 const kl_variant *mla_pick(kl_device device, const char *name, const mla_problem *p, kl_pass pass)
 {
-    if (device != KL_CPU)
-        return NULL;
-    for (int i = 0; name && i < (int)(sizeof table / sizeof *table); i++)
-        if (strcmp(table[i].name, name) == 0)
-            return pass == KL_BACKWARD && !table[i].backward ? NULL : &table[i];
+    const kl_variant *named = name ? find(device, name) : NULL;
     if (name)
-        return NULL;
+        return named && pass == KL_BACKWARD && !named->backward ? NULL : named;
+    if (device == KL_CUDA)
+        return pick_cuda(p, pass);
     if (pass == KL_BACKWARD)
         return &table[CHUNK];
     if (!p || p->N <= 0 || !p->cu_q || !p->kv_len)
@@ -187,7 +208,7 @@ size_t mla_workspace(const kl_ctx *ctx, const mla_problem *p, kl_pass pass)
 static kl_status no_variant(const kl_ctx *ctx)
 {
     KL_REQUIRE(ctx, "ctx: expected a context, got NULL");
-    return kl_error(KL_EUNSUPPORTED, "device: mla has variants on the cpu, got %s", kl_device_name(ctx->device));
+    return kl_error(KL_EUNSUPPORTED, "device: mla has no variant for this pass on %s", kl_device_name(ctx->device));
 }
 
 kl_status mla_forward(kl_ctx *ctx, const mla_problem *p, void *workspace, size_t bytes)

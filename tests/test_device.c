@@ -273,7 +273,7 @@ static void the_lists_of_shapes_are_sound(void **state)
     for (int i = 0; i < lists; i++) {
         kl_shape shape[KL_SHAPES];
         bool any = false;
-        assert_ok(kl_shapes_parse("kda", list[i].shapes, &(kl_shape){.K = 128}, shape, &count));
+        assert_ok(kl_shapes_parse(list[i].family, list[i].shapes, &(kl_shape){.K = 128}, shape, &count));
         for (int p = 0; p < KL_BENCH_PASSES; p++)
             any |= list[i].pass[p];
         assert_true(any && count > 0);

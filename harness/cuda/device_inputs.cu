@@ -196,9 +196,9 @@ kl_status kl_device_inputs(const kl_ctx *ctx, const kda_problem *p, const kda_gr
     return kl_launch(ctx, "inputs", over(tokens * p->HV), fill_beta, (void *)p->beta, p->dtype, tokens * p->HV, regime == KL_REGIME_SLOW, p->beta_kind, seed);
 }
 
-kl_status kl_device_normal(const kl_ctx *ctx, void *x, kl_dtype type, int64_t count, uint64_t seed)
+kl_status kl_device_normal(const kl_ctx *ctx, void *x, kl_dtype type, int64_t count, float stddev, uint64_t seed)
 {
-    return kl_launch(ctx, "inputs", over(count), fill_normal, x, type, count, 0.0f, 1.0f, seed, (uint64_t)0);
+    return kl_launch(ctx, "inputs", over(count), fill_normal, x, type, count, 0.0f, stddev, seed, (uint64_t)0);
 }
 
 kl_status kl_device_general(const kl_ctx *ctx, const kda_problem *p, const dplr_problem *d)
