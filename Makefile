@@ -64,11 +64,13 @@ endif
 SHARE   ?= $(BUILD)
 OWN_SRC := $(if $(filter-out $(SHARE),$(BUILD)),$(shell grep -l KL_HAVE_CUDA $(C_SRC)),$(C_SRC))
 OBJ     := $(OWN_SRC:%.c=$(BUILD)/obj/%.o) $(patsubst %.c,$(SHARE)/obj/%.o,$(filter-out $(OWN_SRC),$(C_SRC))) $(CU_SRC:%=$(BUILD)/obj/%.o)
-TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+# Tests with kernels of their own need a compiler for them.
+CU_TESTS := $(patsubst tests/%.cu,$(BUILD)/tests/%,$(wildcard tests/test_*.cu))
+TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)) $(if $(CU_SRC),$(CU_TESTS))
 # Those that ask for a device; they run on an emulated one too.
-DEVICE_TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(shell grep -l '"common/gpu.h"' tests/test_*.c))
+DEVICE_TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(shell grep -l '"common/gpu.h"' tests/test_*.c)) $(CU_TESTS)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
-PUBLIC  := $(filter-out %internal.h common/emulate.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
+PUBLIC  := $(filter-out %internal.h common/emulate.h common/emulate_tensor.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
 
 .PHONY: all help report deps demo test fuzz install clean checklibs
 all: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc report
@@ -150,6 +152,10 @@ $(BUILD)/tests/%: tests/%.c $(BUILD)/libkl.a
 	@$(if $(Q),echo "  test  $<")
 	$(Q)$(CC) $(CFLAGS) $(DEP_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(BUILD)/libkl.a -lcmocka $(LDLIBS)
 
+$(CU_TESTS): $(BUILD)/tests/%: $(BUILD)/obj/tests/%.cu.o $(BUILD)/libkl.a
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(CFLAGS) $(DEP_CFLAGS) -o $@ $^ -lcmocka $(LDLIBS)
+
 EMULATED := $(if $(filter 1,$(EMULATE)),,$(BUILD)/emulated)
 test: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc $(TESTS)
 	$(Q)$(if $(EMULATED),$(MAKE) --no-print-directory EMULATE=1 SHARE=$(BUILD) BUILD=$(EMULATED) device_tests)
@@ -204,4 +210,4 @@ demo: deps
 clean:
 	rm -rf $(BUILD)
 
--include $(OBJ:.o=.d) $(BUILD)/obj/harness/main.d $(TESTS:=.d)
+-include $(OBJ:.o=.d) $(BUILD)/obj/harness/main.d $(TESTS:=.d) $(CU_TESTS:$(BUILD)/%=$(BUILD)/obj/%.cu.d)

@@ -58,4 +58,7 @@ __device__ __forceinline__ int kl_lane() { return (int)(threadIdx.x & 31); }
  * this returns, nothing waits, and a captured graph keeps the values. For tables of a few kilobytes to a megabyte. */
 kl_status kl_upload(const kl_ctx *ctx, void *dst, const void *src, size_t bytes);
 
+/* The description of a tensor at `base` (a multiple of 16), made on the host, for kl_tensor_load and kl_tensor_store; name: for messages. */
+kl_status kl_tensor_describe(kl_tensor_map *map, const char *name, const void *base, const kl_tensor_shape &shape);
+
 #endif

@@ -183,76 +183,6 @@ __device__ __forceinline__ uint32_t kl_movmatrix_trans(uint32_t x)
     return r;
 }
 
-/* ---- matrix unit, a warpgroup at a time (sm_90a): four warps, the first one's number a multiple of 4, do each of these together ---- */
-
-/* B [16 x N] in shared memory as 8 x 8 core matrices of 128 bytes: 8 columns of 16 bytes, 8 values of k each.
- * Bytes from one core to the next along k and along n, multiples of 16. */
-struct kl_operand {
-    uint64_t descriptor;
-};
-__device__ __forceinline__ kl_operand kl_operand_of(const void *shared, int along_k, int along_n)
-{
-    return {(uint64_t)(kl_shared_address(shared) >> 4 & 0x3fff) | (uint64_t)(along_k >> 4) << 16 | (uint64_t)(along_n >> 4) << 32};
-}
-__device__ __forceinline__ kl_operand kl_operand_at(kl_operand x, int bytes) { return {x.descriptor + (uint64_t)(bytes >> 4)}; }
-
-template <int N, bool add> struct kl_wgmma_of;
-template <bool add> struct kl_wgmma_of<32, add> {
-    static __device__ __forceinline__ void run(float *c, const uint32_t a[4], kl_operand b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-                     " {%16,%17,%18,%19}, %20, %21, 1, 1, 0;"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                       "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(add));
-    }
-};
-template <bool add> struct kl_wgmma_of<64, add> {
-    static __device__ __forceinline__ void run(float *c, const uint32_t a[4], kl_operand b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-                     " {%32,%33,%34,%35}, %36, %37, 1, 1, 0;"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                       "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-                       "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
-                       "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(add));
-    }
-};
-template <bool add> struct kl_wgmma_of<128, add> {
-    static __device__ __forceinline__ void run(float *c, const uint32_t a[4], kl_operand b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-                     " {%64,%65,%66,%67}, %68, %69, 1, 1, 0;"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                       "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-                       "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
-                       "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
-                       "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
-                       "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
-                       "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
-                       "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "n"(add));
-    }
-};
-/* c [64 x N] += a [64 x 16] b [16 x N] (=, without add): warp w holds rows 16 w .. 16 w + 15 of a and of c as for kl_mma, c in N / 8 pieces of
- * four. Asynchronous: kl_wgmma_fence() before the first after ordinary code wrote c or a, kl_wgmma_commit() after the
- * last, kl_wgmma_wait before c is read or a is written again. Products in flight on the same c have the same N. */
-template <int N, bool add = true> __device__ __forceinline__ void kl_wgmma(float *c, const uint32_t a[4], kl_operand b)
-{
-    kl_wgmma_of<N, add>::run(c, a, b);
-}
-__device__ __forceinline__ void kl_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void kl_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int left> __device__ __forceinline__ void kl_wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory"); }
-
 /* ---- barriers ---- */
 
 /* Barrier id 1..15 among `threads` threads of the block (whole warps). */
@@ -396,3 +326,6 @@ __device__ __forceinline__ void kl_grid_release() { asm volatile("griddepcontrol
 /* Registers a thread of this warpgroup may use from here on: a multiple of 8; all four warps call it. */
 template <int count> __device__ __forceinline__ void kl_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(count)); }
 template <int count> __device__ __forceinline__ void kl_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(count)); }
+
+#include "common/tensor_ptx.cuh"
+#include "common/wgmma_ptx.cuh"

@@ -247,7 +247,7 @@ static void run_cluster(machine &m, const kl_grid &g, int64_t first, unsigned y,
     m.cluster.arrived = m.cluster.generation = 0;
     m.cluster.live = (int)(blocks * threads);
     m.warps.assign(blocks * warps, {});
-    m.shared.resize(blocks * stride + 1024);
+    m.shared.resize(blocks * stride + 2048);
     m.fibers.resize(blocks * threads);
     while (m.stacks.size() < blocks * threads) {
         void *s = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -255,11 +255,10 @@ static void run_cluster(machine &m, const kl_grid &g, int64_t first, unsigned y,
             kl_emulated_fail("out of memory for the stacks of %zu threads", blocks * threads);
         m.stacks.push_back((unsigned char *)s);
     }
-    unsigned char *base = (unsigned char *)(((uintptr_t)m.shared.data() + 1023) / 1024 * 1024);
+    unsigned char *base = (unsigned char *)(((uintptr_t)m.shared.data() + 2047) / 1024 * 1024);
     for (size_t i = 0; i < blocks; i++) {
         kl_emulated_block &b = m.cluster.blocks[i];
-        b.shared = base + i * stride + 512;
-        b.shared = (unsigned char *)(((uintptr_t)b.shared + 511) / 512 * 512);
+        b.shared = base + i * stride;
         memset(b.shared, 0xff, g.shared + CANARY);
         KL_POISON(b.shared + g.shared, SHARED_ROOM - g.shared);
         b.index.x = (unsigned)(first + (int64_t)i);

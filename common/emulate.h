@@ -304,50 +304,6 @@ static inline uint32_t kl_movmatrix_trans(uint32_t x)
     return v.out;
 }
 
-/* ---- a warpgroup's matrix unit: each warp does its 16 rows ---- */
-struct kl_operand {
-    const unsigned char *shared;
-    int along_k, along_n;
-};
-static inline kl_operand kl_operand_of(const void *shared, int along_k, int along_n)
-{
-    if ((uintptr_t)shared % 16 || along_k % 16 || along_n % 16)
-        kl_emulated_fail("operand: expected an address and strides that are multiples of 16");
-    return {(const unsigned char *)shared, along_k, along_n};
-}
-static inline kl_operand kl_operand_at(kl_operand x, int bytes) { return {x.shared + bytes, x.along_k, x.along_n}; }
-struct kl_wgmma_args { float *c; const uint32_t *a; kl_operand b; };
-template <int N, bool add = true> static inline void kl_wgmma(float *c, const uint32_t a[4], kl_operand b)
-{
-    kl_wgmma_args m = {c, a, b};
-    if (!add)
-        for (int i = 0; i < N / 2; i++)
-            c[i] = 0.0f;
-    kl_emulated_collective("wgmma", 0xffffffffu, &m, [](void *args[32], uint32_t) {
-        float A[16][16];
-        for (int lane = 0; lane < 32; lane++)
-            for (int i = 0; i < 4; i++)
-                for (int h = 0; h < 2; h++)
-                    A[lane / 4 + 8 * (i & 1)][2 * (lane % 4) + h + 8 * (i >> 1)] =
-                        kl_bf16_to_f32((uint16_t)(((const kl_wgmma_args *)args[lane])->a[i] >> (16 * h)));
-        kl_operand b = ((const kl_wgmma_args *)args[0])->b;
-        for (int n = 0; n < N; n++) {
-            float column[16];
-            for (int k = 0; k < 16; k++)
-                column[k] = kl_bf16_to_f32(((const uint16_t *)(b.shared + k / 8 * b.along_k + n / 8 * b.along_n + n % 8 * 16))[k % 8]);
-            for (int row = 0; row < 16; row++) {
-                float sum = 0.0f;
-                for (int k = 0; k < 16; k++)
-                    sum += A[row][k] * column[k];
-                ((const kl_wgmma_args *)args[row % 8 * 4 + n % 8 / 2])->c[n / 8 * 4 + row / 8 * 2 + n % 2] += sum;
-            }
-        }
-    });
-}
-static inline void kl_wgmma_fence() {}
-static inline void kl_wgmma_commit() {}
-template <int left> static inline void kl_wgmma_wait() {}
-
 /* ---- mbarriers: pending arrivals, arrivals a phase, phase, bytes outstanding ---- */
 struct kl_mbar {
     int16_t pending, arrivals : 15;
@@ -463,5 +419,7 @@ static inline void kl_grid_wait() {}
 static inline void kl_grid_release() {}
 template <int count> static inline void kl_registers_fewer() {}
 template <int count> static inline void kl_registers_more() {}
+
+#include "common/emulate_tensor.h"
 
 #endif
