@@ -162,6 +162,21 @@ static inline uint32_t __ballot_sync(uint32_t mask, int predicate)
 }
 static inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 static inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+template <bool most> uint32_t kl_emulated_reduce(uint32_t mask, uint32_t value)
+{
+    kl_emulated_collective("reduce", mask, &value, [](void *args[32], uint32_t) {
+        uint32_t all = most ? 0 : UINT32_MAX;
+        for (int lane = 0; lane < 32; lane++)
+            if (const uint32_t *mine = (const uint32_t *)args[lane])
+                all = (*mine > all) == most ? *mine : all;
+        for (int lane = 0; lane < 32; lane++)
+            if (args[lane])
+                *(uint32_t *)args[lane] = all;
+    });
+    return value;
+}
+static inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t v) { return kl_emulated_reduce<true>(mask, v); }
+static inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t v) { return kl_emulated_reduce<false>(mask, v); }
 static inline int __syncthreads_or(int predicate)
 {
     int *seen = (int *)kl_emulated->block->shared - 4; /* room kept before shared memory */
@@ -191,6 +206,7 @@ template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
 static inline int atomicAdd(int *p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 static inline unsigned atomicAdd(unsigned *p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+static inline uint32_t atomicOr(uint32_t *p, uint32_t v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
 static inline int atomicMax(int *p, int v)
 {
     int old = *p;
