@@ -8,6 +8,7 @@ const kl_tolerance kl_tol_kda_bf16_corr = {"KDA, bf16 operands, correlated keys"
 const kl_tolerance kl_tol_mla_f32 = {"MLA, float32", 2e-5, 1e-4, "same rounding as KDA: one softmax-weighted sum"};
 const kl_tolerance kl_tol_mla_bf16 = {"MLA, bf16 operands", 6e-3, 1.5e-2, "1.5 bf16 ulps: keys or queries, probabilities and the result are rounded once each"};
 const kl_tolerance kl_tol_moe_f32 = {"MoE, float32", 2e-5, 1e-4, "three products in a row"};
+const kl_tolerance kl_tol_moe_bf16 = {"MoE, bf16 operands", 8e-3, 1.6e-2, "2 bf16 ulps: what an expert holds inside, its rows and their sum are rounded once each"};
 const kl_tolerance kl_tol_model_f32 = {"model, float32", 2e-4, 1e-3, "golden data"};
 const kl_tolerance kl_tol_model_bf16 = {"model, bf16", 2e-2, 5e-2, "golden data"};
 const kl_tolerance kl_tol_golden_bf16_grad = {"model, gradients stored as bf16", 2e-4, 5e-3, "golden data: half a bf16 ulp is 2e-3"};

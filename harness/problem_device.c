@@ -34,6 +34,8 @@ static kl_tolerance tolerance_of(const kl_case *c)
     bool coarse = c->place.dtype == KL_BF16 || c->place.state_dtype == KL_BF16;
     if (c->family == KL_FAMILY_MLA)
         return coarse ? kl_tol_mla_bf16 : kl_tol_mla_f32;
+    if (c->family == KL_FAMILY_MOE)
+        return coarse ? kl_tol_moe_bf16 : kl_tol_moe_f32;
     return !coarse ? kl_tol_kda_f32 : c->correlated ? kl_tol_kda_bf16_corr : kl_tol_kda_bf16;
 }
 

@@ -118,6 +118,37 @@ static void list_mla(kl_image *im, const kl_case *c)
     kl_part_add(im, c, "dkv_b", KL_PART_PLAIN, NULL, hg->dkv_b, &g->dkv_b, NULL, weights, h->R);
 }
 
+static void list_moe(kl_image *im, const kl_case *c)
+{
+    const moe_problem *h = &c->problem.moe;
+    moe_problem *p = &im->on.problem.moe;
+    const moe_grads *hg = &c->grads.moe;
+    moe_grads *g = &im->on.grads.moe;
+    int64_t expert = h->I * h->D, shared = h->Is * h->D;
+    p->dtype = p->router_dtype = c->place.dtype;
+    kl_part_add(im, c, "x", KL_PART_ACTIVATION, h->x, NULL, &p->x, NULL, h->T, h->D);
+    if (h->E) {
+        kl_part_add(im, c, "router", KL_PART_ACTIVATION, h->router, NULL, &p->router, NULL, h->E, h->D);
+        kl_part_add(im, c, "bias", KL_PART_PLAIN, h->bias, NULL, &p->bias, NULL, 1, h->E);
+        kl_part_through_table(kl_part_add_stored(im, c, "w1", h->weight_dtype, h->w1[0], &p->w1, h->E, expert));
+        kl_part_through_table(kl_part_add_stored(im, c, "w3", h->weight_dtype, h->w3[0], &p->w3, h->E, expert));
+        kl_part_through_table(kl_part_add_stored(im, c, "w2", h->weight_dtype, h->w2[0], &p->w2, h->E, expert));
+    }
+    kl_part_add_stored(im, c, "shared_w1", h->weight_dtype, h->shared_w1, &p->shared_w1, 1, shared);
+    kl_part_add_stored(im, c, "shared_w3", h->weight_dtype, h->shared_w3, &p->shared_w3, 1, shared);
+    kl_part_add_stored(im, c, "shared_w2", h->weight_dtype, h->shared_w2, &p->shared_w2, 1, shared);
+    kl_part_add(im, c, "y", KL_PART_ACTIVATION, NULL, h->y, &p->y, NULL, h->T, h->D);
+    kl_part_add(im, c, "dy", KL_PART_ACTIVATION, hg->dy, NULL, &g->dy, NULL, h->T, h->D);
+    kl_part_add(im, c, "dx", KL_PART_ACTIVATION, NULL, hg->dx, &g->dx, NULL, h->T, h->D);
+    kl_part_add(im, c, "drouter", KL_PART_PLAIN, NULL, hg->drouter, &g->drouter, NULL, h->E, h->D);
+    kl_part_through_table(kl_part_add(im, c, "dw1", KL_PART_PLAIN, NULL, hg->dw1 ? hg->dw1[0] : NULL, &g->dw1, NULL, h->E, expert));
+    kl_part_through_table(kl_part_add(im, c, "dw3", KL_PART_PLAIN, NULL, hg->dw3 ? hg->dw3[0] : NULL, &g->dw3, NULL, h->E, expert));
+    kl_part_through_table(kl_part_add(im, c, "dw2", KL_PART_PLAIN, NULL, hg->dw2 ? hg->dw2[0] : NULL, &g->dw2, NULL, h->E, expert));
+    kl_part_add(im, c, "dshared_w1", KL_PART_PLAIN, NULL, hg->dshared_w1, &g->dshared_w1, NULL, 1, shared);
+    kl_part_add(im, c, "dshared_w3", KL_PART_PLAIN, NULL, hg->dshared_w3, &g->dshared_w3, NULL, 1, shared);
+    kl_part_add(im, c, "dshared_w2", KL_PART_PLAIN, NULL, hg->dshared_w2, &g->dshared_w2, NULL, 1, shared);
+}
+
 kl_status kl_parts_list(kl_image *im, const kl_case *c)
 {
     im->on = *c;
@@ -125,8 +156,8 @@ kl_status kl_parts_list(kl_image *im, const kl_case *c)
     case KL_FAMILY_KDA: list_kda(im, c); return kl_ok();
     case KL_FAMILY_DPLR: list_dplr(im, c); return kl_ok();
     case KL_FAMILY_MLA: list_mla(im, c); return kl_ok();
-    case KL_FAMILY_MOE: break;
+    case KL_FAMILY_MOE: list_moe(im, c); return kl_ok();
     }
-    return kl_error(KL_EINVAL, "%s: has no place on a device yet", kl_family_name(c->family));
+    return kl_error(KL_EINVAL, "%s: has no place on a device", kl_family_name(c->family));
 }
 

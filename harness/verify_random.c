@@ -101,7 +101,18 @@ static kl_status random_mla(kl_case *c, kl_rng *r, int64_t i, kl_device device)
     return kl_case_place(c, &at, NULL);
 }
 
-static kl_status random_moe(kl_case *c, kl_rng *r, int64_t i)
+/* Widths in eights more often than others, which a device may leave to the cpu. */
+static void draw_moe_on_device(kl_rng *r, kl_moe_spec *s)
+{
+    s->weight_dtype = KL_BF16;
+    if (one_in(r, 6))
+        return;
+    s->D = PICK(r, 8, 24, 96, 128, 200);
+    s->I = PICK(r, 8, 24, 72, 136);
+    s->Is = s->E == 0 ? s->I : PICK(r, 0, 24, 104);
+}
+
+static kl_status random_moe(kl_case *c, kl_rng *r, int64_t i, kl_device device)
 {
     kl_moe_spec s = {.T = token_counts[i % (TOKEN_COUNTS - 1)], .backward = true, .seed = r->seed + (uint64_t)i};
     s.D = PICK(r, 8, 24, 60, 100, 128);
@@ -119,7 +130,11 @@ static kl_status random_moe(kl_case *c, kl_rng *r, int64_t i)
     s.biased_weights = 2 * s.top_k <= s.E && one_in(r, 4);
     s.scale = one_in(r, 2) ? 2.446f : 0.0f;
     s.weight_dtype = (kl_dtype)PICK(r, KL_F32, KL_BF16, KL_F16);
-    return kl_case_moe(c, &s);
+    if (device == KL_CPU)
+        return kl_case_moe(c, &s);
+    draw_moe_on_device(&(kl_rng){.seed = r->seed, .stream = r->stream + (UINT64_C(1) << 32)}, &s);
+    KL_TRY(kl_case_moe(c, &s));
+    return kl_case_place(c, &(kl_placement){.dtype = KL_BF16}, NULL);
 }
 
 /* On a device the same problem as a general one too, where it can be put so. Not with a single channel: what one token writes the next
@@ -147,7 +162,7 @@ kl_status kl_verify_random(kl_verifier *v, kl_family family, uint64_t seed, int6
     for (int64_t i = 0; i < cases; i++) {
         kl_rng r = kl_rng_make(seed, (uint64_t)i);
         kl_case c;
-        kl_status s = family == KL_FAMILY_MLA ? random_mla(&c, &r, i, v->ctx->device) : family == KL_FAMILY_MOE ? random_moe(&c, &r, i) : random_kda(&c, &r, i, v->ctx->device);
+        kl_status s = family == KL_FAMILY_MLA ? random_mla(&c, &r, i, v->ctx->device) : family == KL_FAMILY_MOE ? random_moe(&c, &r, i, v->ctx->device) : random_kda(&c, &r, i, v->ctx->device);
         KL_TRY(kl_error_in(s, "random case %lld of seed %llu", (long long)i, (unsigned long long)seed));
         char name[sizeof c.name];
         snprintf(name, sizeof name, "%lld: %.160s", (long long)i, c.name);

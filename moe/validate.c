@@ -1,11 +1,11 @@
-#include "moe/moe.h"
+#include "moe/internal.h"
 
 static bool float_type(kl_dtype t) { return t == KL_F32 || t == KL_BF16 || t == KL_F16; }
 
 static kl_status check_dtypes(const kl_ctx *ctx, const moe_problem *p)
 {
     KL_REQUIRE(float_type(p->dtype), "moe: dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->dtype));
-    if (!ctx || ctx->device == KL_CPU)
+    if (ctx && ctx->device == KL_CPU)
         KL_REQUIRE(p->dtype == KL_F32, "moe: dtype: expected float32 on the cpu, got %s", kl_dtype_name(p->dtype));
     KL_REQUIRE(float_type(p->weight_dtype), "moe: weight_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->weight_dtype));
     KL_REQUIRE(p->E == 0 || float_type(p->router_dtype), "moe: router_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->router_dtype));
@@ -88,5 +88,46 @@ kl_status moe_validate_grads(const moe_problem *p, const moe_grads *g)
         KL_REQUIRE(g->dx != p->x, "moe: dx: expected memory of its own, got x");
         KL_REQUIRE(g->dx != g->dy, "moe: dx: expected memory of its own, got dy");
     }
+    return kl_ok();
+}
+
+/* ---- the GPU's kernels ---- */
+
+enum { CUDA_MOST_EXPERTS = 1024, CUDA_MOST_CHOICES = 32, CUDA_MOST_WIDTH = 1 << 14 };
+
+static kl_status check_cuda_width(const char *name, int64_t value)
+{
+    if (value % 8 || value > CUDA_MOST_WIDTH)
+        return kl_error(KL_EUNSUPPORTED, "moe: %s: expected a multiple of 8 up to %d on cuda, got %lld", name, CUDA_MOST_WIDTH, (long long)value);
+    return kl_ok();
+}
+
+kl_status moe_cuda_takes(const moe_problem *p)
+{
+    KL_TRY(moe_validate(NULL, p));
+    const struct { const char *name; kl_dtype type; bool any; } types[] = {
+        {"dtype", p->dtype, false}, {"weight_dtype", p->weight_dtype, false}, {"router_dtype", p->router_dtype, p->E == 0 || p->router_dtype == KL_F32}};
+    for (int i = 0; i < 3; i++)
+        if (types[i].type != KL_BF16 && !types[i].any)
+            return kl_error(KL_EUNSUPPORTED, "moe: %s: expected bfloat16%s on cuda, got %s", types[i].name, i == 2 ? " or float32" : "", kl_dtype_name(types[i].type));
+    KL_TRY(check_cuda_width("D", p->D));
+    KL_TRY(check_cuda_width("I", p->E ? p->I : 0));
+    KL_TRY(check_cuda_width("Is", p->Is));
+    if (p->E > CUDA_MOST_EXPERTS)
+        return kl_error(KL_EUNSUPPORTED, "moe: E: expected at most %d on cuda, got %lld", CUDA_MOST_EXPERTS, (long long)p->E);
+    if (p->E && p->top_k > CUDA_MOST_CHOICES)
+        return kl_error(KL_EUNSUPPORTED, "moe: top_k: expected at most %d on cuda, got %lld", CUDA_MOST_CHOICES, (long long)p->top_k);
+    return kl_ok();
+}
+
+kl_status moe_cuda_enter(const kl_ctx *ctx, const moe_problem *p)
+{
+    KL_REQUIRE(ctx, "moe: ctx: expected a context, got NULL");
+    KL_TRY(moe_validate(ctx, p));
+    KL_TRY(moe_cuda_takes(p));
+    KL_REQUIRE(p->y || p->T == 0, "moe: y: expected [%lld,%lld], got NULL", (long long)p->T, (long long)p->D);
+    const struct { const char *name; const void *at; } tensors[] = {{"x", p->x}, {"y", p->y}, {"router", p->router}};
+    for (int i = 0; i < 3; i++)
+        KL_REQUIRE((uintptr_t)tensors[i].at % 16 == 0, "moe: %s: expected an address that is a multiple of 16, got %p", tensors[i].name, tensors[i].at);
     return kl_ok();
 }

@@ -1,20 +1,32 @@
 #include <string.h>
 
 #include "moe/cpu/moe_cpu.h"
-#include "moe/moe.h"
+#include "moe/internal.h"
 
 static kl_status takes(const void *problem, kl_pass pass)
 {
     (void)pass;
-    return moe_validate(NULL, problem);
+    const moe_problem *p = problem;
+    KL_TRY(moe_validate(NULL, p));
+    KL_REQUIRE(p->dtype == KL_F32, "moe: dtype: expected float32 on the cpu, got %s", kl_dtype_name(p->dtype));
+    return kl_ok();
 }
 
 static kl_status takes_forward(const void *problem, kl_pass pass)
 {
     if (pass == KL_BACKWARD)
         return kl_error(KL_EUNSUPPORTED, "moe: recurrent has no backward pass; chunk has");
-    return moe_validate(NULL, problem);
+    return takes(problem, pass);
 }
+
+#ifdef KL_HAVE_CUDA
+static kl_status takes_on_cuda(const void *problem, kl_pass pass)
+{
+    if (pass == KL_BACKWARD)
+        return kl_error(KL_EUNSUPPORTED, "moe: chunk has no backward pass on cuda");
+    return moe_cuda_takes(problem);
+}
+#endif
 
 /* Every weight that some token needs is read once; 2 flops a weight and row. */
 static kl_cost cost(const void *problem, kl_pass pass)
@@ -44,6 +56,13 @@ static const kl_variant variants[] = {
         .summary = "tokens grouped by expert, one product a tile of rows",
         .check = takes, .workspace = moe_chunk_workspace, .forward = moe_chunk_forward, .backward = moe_chunk_backward, .cost = cost,
     },
+#ifdef KL_HAVE_CUDA
+    {
+        .family = "moe", .name = "chunk", .device = KL_CUDA,
+        .summary = "rows of all experts sorted, two grouped products by warpgroups, rows of a token added in order",
+        .check = takes_on_cuda, .workspace = moe_cuda_chunk_workspace, .forward = moe_cuda_chunk_forward, .cost = cost,
+    },
+#endif
 };
 
 const kl_variant *moe_variants(int *count)
@@ -59,7 +78,7 @@ enum { FEW_TOKENS = 1 };
 const kl_variant *moe_pick(kl_device device, const char *name, const moe_problem *p, kl_pass pass)
 {
     if (!name)
-        name = pass == KL_FORWARD && p->T <= FEW_TOKENS ? "recurrent" : "chunk";
+        name = device == KL_CPU && pass == KL_FORWARD && p->T <= FEW_TOKENS ? "recurrent" : "chunk";
     for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
         if (variants[i].device == device && strcmp(variants[i].name, name) == 0)
             return &variants[i];

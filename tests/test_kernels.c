@@ -129,10 +129,10 @@ static void kernels_keep_to_their_registers(void **state)
     (void)state;
     char pattern[256];
     glob_t found;
-    snprintf(pattern, sizeof pattern, "%s/obj/kda/cuda/*.report", shell_build());
+    snprintf(pattern, sizeof pattern, "%s/obj/{kda,moe}/cuda/*.report", shell_build());
     if (!kl_gpu_compiled() || kl_gpu_emulated())
         skip();
-    assert_int_equal(glob(pattern, 0, NULL, &found), 0);
+    assert_int_equal(glob(pattern, GLOB_BRACE, NULL, &found), 0);
     for (size_t i = 0; i < found.gl_pathc; i++)
         check_report(found.gl_pathv[i]);
     globfree(&found);
@@ -167,6 +167,13 @@ static void run_everything(kl_ctx *ctx)
         run_variants(ctx, &general, &scratch);
         kl_case_free(&general);
         kl_case_free(&kda);
+    }
+    kl_case moe[2];
+    assert_ok(kl_case_moe(&moe[0], &(kl_moe_spec){.T = 300, .D = 72, .E = 2, .I = 40, .top_k = 1, .weight_dtype = KL_BF16, .seed = 1}));
+    assert_ok(kl_case_moe(&moe[1], &(kl_moe_spec){.T = 1, .D = 72, .E = 256, .I = 40, .top_k = 8, .weight_dtype = KL_BF16, .seed = 1}));
+    for (int i = 0; i < 2; i++) {
+        run_variants(ctx, &moe[i], &scratch);
+        kl_case_free(&moe[i]);
     }
     kl_scratch_free(&scratch);
 }

@@ -14,6 +14,16 @@
 #include "moe/moe.h"
 #include "reference/moe.h"
 
+/* The variants on the cpu, which come first in the table. */
+static const kl_variant *cpu_variants(int *count)
+{
+    const kl_variant *all = moe_variants(count);
+    for (int i = 0; i < *count; i++)
+        if (all[i].device != KL_CPU)
+            *count = i;
+    return all;
+}
+
 static kl_ctx *ctx_of[4]; /* [n]: a context of n threads */
 
 static uint64_t seed_from_environment(void)
@@ -334,7 +344,7 @@ static void check_backward(const kl_variant *v, kl_ctx *ctx, const moe_case *c)
 static void check_all(const moe_case *c, kl_ctx *ctx)
 {
     int count;
-    const kl_variant *v = moe_variants(&count);
+    const kl_variant *v = cpu_variants(&count);
     assert_true(count >= 2);
     for (int i = 0; i < count; i++) {
         if (v[i].device != KL_CPU)
@@ -431,7 +441,7 @@ static void set_bias(moe_case *c, const float *bias)
 static void check_chosen(const moe_case *c, const int32_t *expected)
 {
     int count;
-    const kl_variant *v = moe_variants(&count);
+    const kl_variant *v = cpu_variants(&count);
     for (int i = 0; i < count; i++) {
         results r = run_forward(&v[i], ctx_of[2], c);
         for (size_t s = 0; s < r.slots; s++)
@@ -480,7 +490,7 @@ static void test_the_bias_chooses_but_does_not_weigh(void **state)
     set_router(&c, 0.0f);
     set_bias(&c, (const float[4]){0.0f, 3.0f, 0.0f, 1.0f});
     int count;
-    const kl_variant *v = moe_variants(&count);
+    const kl_variant *v = cpu_variants(&count);
     for (int biased = 0; biased < 2; biased++) {
         c.p.biased_weights = biased != 0;
         c.r.biased_weights = biased;
@@ -537,7 +547,7 @@ static void test_large_logits_stay_finite(void **state)
         for (size_t i = 0; i < c.router.n; i++)
             ((float *)c.router.stored)[i] *= 1e6f;
         int count;
-        const kl_variant *v = moe_variants(&count);
+        const kl_variant *v = cpu_variants(&count);
         results first = {0};
         for (int i = 0; i < count; i++) {
             results r = run_forward(&v[i], ctx_of[1], &c);
@@ -568,7 +578,7 @@ static void test_a_broken_token_breaks_only_itself(void **state)
     kl_rng rng = kl_rng_make(seed_from_environment(), 8);
     moe_case c = make_case(&rng, (moe_problem){.T = 40, .D = 16, .E = 6, .I = 8, .top_k = 3, .Is = 8, .renormalize = true});
     int count;
-    const kl_variant *v = moe_variants(&count);
+    const kl_variant *v = cpu_variants(&count);
     for (int i = 0; i < count; i++) {
         results whole = run_forward(&v[i], ctx_of[2], &c);
         float kept = ((float *)c.x.stored)[17 * 16];
@@ -618,7 +628,7 @@ static void test_same_bits_whatever_the_thread_count(void **state)
         {.T = 100, .D = 60, .Is = 200},
     };
     int count;
-    const kl_variant *v = moe_variants(&count);
+    const kl_variant *v = cpu_variants(&count);
     for (size_t i = 0; i < sizeof problems / sizeof *problems; i++) {
         moe_case c = make_case(&rng, problems[i]);
         for (int n = 0; n < count; n++) {
@@ -707,7 +717,7 @@ static void test_refusals_name_the_argument(void **state)
     float y[24];
     c.p.y = y;
     int count;
-    const kl_variant *v = moe_variants(&count);
+    const kl_variant *v = cpu_variants(&count);
     for (int i = 0; i < count; i++) {
         moe_problem p;
 #define REFUSED(word, ...) do { p = c.p; __VA_ARGS__; refused(forward(&v[i], ctx_of[1], &p), word); } while (0)
