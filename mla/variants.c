@@ -68,6 +68,10 @@ static const kl_variant table[] = {
      mla_recurrent_workspace, mla_recurrent_forward, NULL, cost},
     {"mla", "chunk", KL_CPU, "keys and values expanded head by head, tiled online softmax", check_any, chunk_workspace,
      mla_chunk_forward, mla_chunk_backward, cost},
+#ifdef KL_HAVE_CUDA
+    {"mla", "recurrent", KL_CUDA, "absorbed: queries against the latent rows themselves, split over the keys, bfloat16", mla_cuda_recurrent_check,
+     mla_cuda_recurrent_workspace, mla_cuda_recurrent_forward, NULL, cost},
+#endif
 };
 enum { RECURRENT, CHUNK, VARIANTS = sizeof table / sizeof *table }; /* the first two: on the cpu */
 
