@@ -129,7 +129,7 @@ static void kernels_keep_to_their_registers(void **state)
     (void)state;
     char pattern[256];
     glob_t found;
-    snprintf(pattern, sizeof pattern, "%s/obj/{kda,moe}/cuda/*.report", shell_build());
+    snprintf(pattern, sizeof pattern, "%s/obj/{kda,mla,moe}/cuda/*.report", shell_build());
     if (!kl_gpu_compiled() || kl_gpu_emulated())
         skip();
     assert_int_equal(glob(pattern, GLOB_BRACE, NULL, &found), 0);
@@ -175,6 +175,11 @@ static void run_everything(kl_ctx *ctx)
         run_variants(ctx, &moe[i], &scratch);
         kl_case_free(&moe[i]);
     }
+    kl_case mla;
+    assert_ok(kl_case_mla(&mla, &(kl_mla_spec){.N = 2, .T = 130, .Tq = 2, .H = 1, .R = 512, .Dn = 128, .Dr = 64, .Dv = 128, .latent_dtype = KL_BF16,
+                                               .weight_dtype = KL_BF16, .backward = true, .seed = 1}));
+    run_variants(ctx, &mla, &scratch);
+    kl_case_free(&mla);
     kl_scratch_free(&scratch);
 }
 
