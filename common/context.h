@@ -22,7 +22,7 @@ typedef struct kl_ctx {
     int device_index;
     int threads;
     void *stream; /* cudaStream_t */
-    void *blas;   /* cublasLtHandle_t */
+    void *blas;   /* products that have been asked for (common/gpu_product.cu) */
 } kl_ctx;
 
 /* options may be NULL: CPU, all threads. KL_EDEVICE when the device is not there. */

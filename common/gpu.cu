@@ -76,6 +76,7 @@ kl_status kl_gpu_open(kl_ctx *ctx)
 
 void kl_gpu_close(kl_ctx *ctx)
 {
+    kl_gpu_products_close(ctx);
     if (ctx->stream)
         cudaStreamDestroy(stream_of(ctx));
     ctx->stream = nullptr;

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "common/context.h"
+#include "common/dtype.h"
 #include "common/status.h"
 
 #ifdef __cplusplus
@@ -32,9 +33,10 @@ void kl_gpu_emulate(int capability, size_t memory, bool runs);
 /* Kernels need bulk copies and clusters in places, so 9.0; the rest is written for 8.0 and later. */
 kl_status kl_gpu_check_capability(int index, int capability);
 
-/* The context's stream (and later its cuBLASLt handle); called by kl_ctx_create and kl_ctx_destroy. */
+/* The context's stream, and what it keeps of cuBLASLt; called by kl_ctx_create and kl_ctx_destroy. */
 kl_status kl_gpu_open(kl_ctx *ctx);
 void kl_gpu_close(kl_ctx *ctx);
+void kl_gpu_products_close(kl_ctx *ctx);
 
 /* Device memory, 256-byte aligned; bytes may be 0. KL_ENOMEM says how much was asked for and how much is free. */
 kl_status kl_gpu_alloc(const kl_ctx *ctx, void **memory, size_t bytes);
@@ -61,11 +63,23 @@ kl_status kl_gpu_graph_end(const kl_ctx *ctx, kl_gpu_graph **graph); /* also aft
 kl_status kl_gpu_graph_launch(const kl_ctx *ctx, kl_gpu_graph *graph);
 void kl_gpu_graph_destroy(kl_gpu_graph *graph);
 
-/* y = a b, bfloat16 matrices [n,n] on the device, float sums: what the device reaches at best. KL_EUNSUPPORTED without cuBLASLt. */
-typedef struct kl_gpu_product kl_gpu_product;
-kl_status kl_gpu_product_create(const kl_ctx *ctx, kl_gpu_product **product, int64_t n);
-kl_status kl_gpu_product_run(const kl_ctx *ctx, const kl_gpu_product *product, void *y, const void *a, const void *b);
-void kl_gpu_product_destroy(const kl_ctx *ctx, kl_gpu_product *product);
+/* y [M,N] = alpha a b + beta c: a [M,K] and b [K,N] bfloat16, or stored the other way round; c and y (which may be one)
+ * bfloat16 or float; rows `stride` elements apart; sums in float. Through cuBLASLt, which is asked once a shape for the way to
+ * do it; the answer is kept in the context. KL_EUNSUPPORTED without the library. */
+typedef struct kl_product {
+    int64_t M, N, K;
+    int64_t a_stride, b_stride, y_stride;
+    bool a_transposed, b_transposed; /* a is stored [K,M], b [N,K] */
+    kl_dtype y_dtype;
+} kl_product;
+enum { KL_PRODUCT_WORKSPACE = 32 << 20 };
+kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, const void *a, const void *b, float beta, const void *c,
+                         void *y, void *workspace, size_t bytes);
+
+/* keys [n] below 2^bits into ascending order, equal ones as they stood; values [n] go with them. */
+size_t kl_gpu_sort_workspace(const kl_ctx *ctx, int64_t n, int bits);
+kl_status kl_gpu_sort(kl_ctx *ctx, int64_t n, int bits, const uint32_t *keys, uint32_t *sorted, const int32_t *values, int32_t *order,
+                      void *workspace, size_t bytes);
 
 /* A named range on the profiler's time line (NVTX); no more than a label elsewhere. */
 void kl_gpu_range_push(const char *name);

@@ -40,11 +40,17 @@ kl_status kl_gpu_graph_begin(const kl_ctx *ctx) { return (void)ctx, absent(); }
 kl_status kl_gpu_graph_end(const kl_ctx *ctx, kl_gpu_graph **graph) { return (void)ctx, *graph = NULL, absent(); }
 kl_status kl_gpu_graph_launch(const kl_ctx *ctx, kl_gpu_graph *graph) { return (void)ctx, (void)graph, absent(); }
 void kl_gpu_graph_destroy(kl_gpu_graph *graph) { (void)graph; }
-kl_status kl_gpu_product_create(const kl_ctx *ctx, kl_gpu_product **product, int64_t n) { return (void)ctx, (void)n, *product = NULL, absent(); }
-kl_status kl_gpu_product_run(const kl_ctx *ctx, const kl_gpu_product *product, void *y, const void *a, const void *b)
+kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, const void *a, const void *b, float beta, const void *c,
+                         void *y, void *workspace, size_t bytes)
 {
-    return (void)ctx, (void)product, (void)y, (void)a, (void)b, absent();
+    return (void)ctx, (void)shape, (void)alpha, (void)a, (void)b, (void)beta, (void)c, (void)y, (void)workspace, (void)bytes, absent();
 }
-void kl_gpu_product_destroy(const kl_ctx *ctx, kl_gpu_product *product) { (void)ctx, (void)product; }
+void kl_gpu_products_close(kl_ctx *ctx) { (void)ctx; }
+size_t kl_gpu_sort_workspace(const kl_ctx *ctx, int64_t n, int bits) { return (void)ctx, (void)n, (void)bits, 0; }
+kl_status kl_gpu_sort(kl_ctx *ctx, int64_t n, int bits, const uint32_t *keys, uint32_t *sorted, const int32_t *values, int32_t *order,
+                      void *workspace, size_t bytes)
+{
+    return (void)ctx, (void)n, (void)bits, (void)keys, (void)sorted, (void)values, (void)order, (void)workspace, (void)bytes, absent();
+}
 void kl_gpu_range_push(const char *name) { (void)name; }
 void kl_gpu_range_pop(void) {}

@@ -1,10 +1,11 @@
-/* The product that a device is measured by. cuBLASLt is looked for when it is needed: a machine without it runs everything
- * else. */
+/* Matrix products by cuBLASLt. The library is looked for when it is needed: a machine without it runs everything else. */
 #include "common/gpu.h"
 
+#include <cstring>
 #include <cublasLt.h>
 #include <dlfcn.h>
 #include <new>
+#include <vector>
 
 #include "common/device.cuh"
 
@@ -55,73 +56,138 @@ kl_status check(cublasStatus_t e, const char *what)
     return e == CUBLAS_STATUS_SUCCESS ? kl_ok() : kl_error(KL_EDEVICE, "cuBLASLt: %s: status %d", what, (int)e);
 }
 
-} // namespace
-
-struct kl_gpu_product {
-    library l;
-    cublasLtHandle_t handle;
-    cublasLtMatmulDesc_t operation;
-    cublasLtMatrixLayout_t layout;
-    cublasLtMatmulAlgo_t algorithm;
-    void *workspace;
-    size_t workspace_bytes;
+/* What the library's answer depends on. */
+struct question {
+    kl_product shape;
+    uint32_t alignment; /* of all addresses and rows, at most 16 bytes */
+    size_t workspace;
 };
 
-/* Y^T = B^T A^T in the library's column order, A and B row after row. */
-static kl_status set_up(const kl_ctx *ctx, kl_gpu_product *p, int64_t n)
+bool same(const question &a, const question &b)
 {
-    p->workspace_bytes = (size_t)64 << 20;
-    KL_TRY(kl_gpu_alloc(ctx, &p->workspace, p->workspace_bytes));
-    KL_TRY(check(p->l.create(&p->handle), "handle"));
-    KL_TRY(check(p->l.operation_create(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation"));
-    KL_TRY(check(p->l.layout_create(&p->layout, CUDA_R_16BF, (uint64_t)n, (uint64_t)n, n), "layout"));
+    const kl_product &p = a.shape, &q = b.shape;
+    return p.M == q.M && p.N == q.N && p.K == q.K && p.a_stride == q.a_stride && p.b_stride == q.b_stride && p.y_stride == q.y_stride &&
+           p.a_transposed == q.a_transposed && p.b_transposed == q.b_transposed && p.y_dtype == q.y_dtype && a.alignment == b.alignment &&
+           a.workspace == b.workspace;
+}
+
+struct plan {
+    question asked;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, y;
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+/* What a context keeps. */
+struct products {
+    library l;
+    bool found;
+    cublasLtHandle_t handle;
+    std::vector<plan> plans;
+};
+
+void release(const library &l, const plan &p)
+{
+    for (cublasLtMatrixLayout_t layout : {p.a, p.b, p.y})
+        if (layout)
+            l.layout_destroy(layout);
+    if (p.operation)
+        l.operation_destroy(p.operation);
+}
+
+/* A matrix [rows,columns], row after row, is its transpose to the library: columns first. */
+kl_status lay_out(const library &l, cublasLtMatrixLayout_t *layout, kl_dtype type, int64_t rows, int64_t columns, int64_t stride)
+{
+    return check(l.layout_create(layout, type == KL_F32 ? CUDA_R_32F : CUDA_R_16BF, (uint64_t)columns, (uint64_t)rows, stride), "layout");
+}
+
+/* y^T = b^T a^T in the library's order. */
+kl_status ask(const products &all, plan *p)
+{
+    const library &l = all.l;
+    const kl_product &s = p->asked.shape;
+    cublasOperation_t first = s.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, second = s.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    KL_TRY(check(l.operation_create(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation"));
+    KL_TRY(check(l.operation_set(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first), "operation"));
+    KL_TRY(check(l.operation_set(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second), "operation"));
+    KL_TRY(lay_out(l, &p->b, KL_BF16, s.b_transposed ? s.N : s.K, s.b_transposed ? s.K : s.N, s.b_stride));
+    KL_TRY(lay_out(l, &p->a, KL_BF16, s.a_transposed ? s.K : s.M, s.a_transposed ? s.M : s.K, s.a_stride));
+    KL_TRY(lay_out(l, &p->y, s.y_dtype, s.M, s.N, s.y_stride));
     cublasLtMatmulPreference_t preference;
-    KL_TRY(check(p->l.preference_create(&preference), "preference"));
-    p->l.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &p->workspace_bytes, sizeof p->workspace_bytes);
+    KL_TRY(check(l.preference_create(&preference), "preference"));
+    l.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &p->asked.workspace, sizeof p->asked.workspace);
+    for (cublasLtMatmulPreferenceAttributes_t of : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                                                    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        l.preference_set(preference, of, &p->asked.alignment, sizeof p->asked.alignment);
     cublasLtMatmulHeuristicResult_t found = {};
     int count = 0;
-    cublasStatus_t e = p->l.heuristic(p->handle, p->operation, p->layout, p->layout, p->layout, p->layout, preference, 1, &found, &count);
-    p->l.preference_destroy(preference);
-    KL_TRY(check(e, "heuristic"));
-    if (!count)
-        return kl_error(KL_EUNSUPPORTED, "cuBLASLt: no algorithm for bfloat16 matrices of %lld x %lld", (long long)n, (long long)n);
+    cublasStatus_t e = l.heuristic(all.handle, p->operation, p->b, p->a, p->y, p->y, preference, 1, &found, &count);
+    l.preference_destroy(preference);
+    if (e != CUBLAS_STATUS_SUCCESS || !count)
+        return kl_error(KL_EUNSUPPORTED, "product: cuBLASLt has no way to multiply [%lld,%lld] by [%lld,%lld] (status %d)", (long long)s.M,
+                        (long long)s.K, (long long)s.K, (long long)s.N, (int)e);
     p->algorithm = found.algo;
     return kl_ok();
 }
 
-kl_status kl_gpu_product_create(const kl_ctx *ctx, kl_gpu_product **out, int64_t n)
+kl_status open_products(kl_ctx *ctx, products **out)
 {
-    *out = nullptr;
-    kl_gpu_product *p = new (std::nothrow) kl_gpu_product();
-    if (!p)
-        return kl_error(KL_ENOMEM, "product: out of memory");
-    kl_status s = open_library(&p->l) ? set_up(ctx, p, n) : kl_error(KL_EUNSUPPORTED, "product: libcublasLt was not found");
+    products *all = (products *)ctx->blas;
+    if (!all) {
+        ctx->blas = all = new (std::nothrow) products();
+        if (!all)
+            return kl_error(KL_ENOMEM, "product: out of memory");
+        all->found = open_library(&all->l) && all->l.create(&all->handle) == CUBLAS_STATUS_SUCCESS;
+    }
+    *out = all;
+    return all->found ? kl_ok() : kl_error(KL_EUNSUPPORTED, "product: libcublasLt was not found");
+}
+
+kl_status find(products *all, const question &asked, const plan **out)
+{
+    for (const plan &p : all->plans)
+        if (same(p.asked, asked)) {
+            *out = &p;
+            return kl_ok();
+        }
+    plan p = {};
+    p.asked = asked;
+    kl_status s = ask(*all, &p);
     if (kl_failed(s)) {
-        kl_gpu_product_destroy(ctx, p);
+        release(all->l, p);
         return s;
     }
-    *out = p;
-    return s;
+    all->plans.push_back(p);
+    *out = &all->plans.back();
+    return kl_ok();
 }
 
-kl_status kl_gpu_product_run(const kl_ctx *ctx, const kl_gpu_product *p, void *y, const void *a, const void *b)
+} // namespace
+
+kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, const void *a, const void *b, float beta, const void *c,
+                         void *y, void *workspace, size_t bytes)
 {
-    float one = 1.0f, zero = 0.0f;
-    return check(p->l.matmul(p->handle, p->operation, &one, b, p->layout, a, p->layout, &zero, y, p->layout, y, p->layout, &p->algorithm,
-                             p->workspace, p->workspace_bytes, (cudaStream_t)ctx->stream), "product");
+    products *all;
+    const plan *p;
+    if (shape->M <= 0 || shape->N <= 0 || shape->K <= 0)
+        return kl_ok();
+    KL_TRY(open_products(ctx, &all));
+    uint64_t places = (uintptr_t)a | (uintptr_t)b | (uintptr_t)y | (beta != 0.0f ? (uintptr_t)c : 0) | 2 * (uint64_t)shape->a_stride |
+                      2 * (uint64_t)shape->b_stride | kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_stride | 16;
+    KL_TRY(find(all, {*shape, (uint32_t)(places & (~places + 1)), workspace ? bytes : 0}, &p));
+    return check(all->l.matmul(all->handle, p->operation, &alpha, b, p->b, a, p->a, &beta, beta != 0.0f ? c : y, p->y, y, p->y, &p->algorithm,
+                               workspace, p->asked.workspace, (cudaStream_t)ctx->stream), "product");
 }
 
-void kl_gpu_product_destroy(const kl_ctx *ctx, kl_gpu_product *p)
+void kl_gpu_products_close(kl_ctx *ctx)
 {
-    if (!p)
+    products *all = (products *)ctx->blas;
+    if (!all)
         return;
-    if (p->layout)
-        p->l.layout_destroy(p->layout);
-    if (p->operation)
-        p->l.operation_destroy(p->operation);
-    if (p->handle)
-        p->l.destroy(p->handle);
-    if (p->workspace)
-        kl_gpu_free(ctx, p->workspace);
-    delete p;
+    for (const plan &p : all->plans)
+        release(all->l, p);
+    if (all->handle)
+        all->l.destroy(all->handle);
+    delete all;
+    ctx->blas = nullptr;
 }
