@@ -1,9 +1,9 @@
 /* Matrix products by cuBLASLt. The library is looked for when it is needed: a machine without it runs everything else. */
 #include "common/gpu.h"
 
-#include <cstring>
 #include <cublasLt.h>
 #include <dlfcn.h>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -174,9 +174,14 @@ kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, cons
     KL_TRY(open_products(ctx, &all));
     uint64_t places = (uintptr_t)a | (uintptr_t)b | (uintptr_t)y | (beta != 0.0f ? (uintptr_t)c : 0) | 2 * (uint64_t)shape->a_stride |
                       2 * (uint64_t)shape->b_stride | kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_stride | 16;
-    KL_TRY(find(all, {*shape, (uint32_t)(places & (~places + 1)), workspace ? bytes : 0}, &p));
+    /* The library wants its workspace at multiples of 256 bytes. */
+    void *place = workspace;
+    size_t room = bytes;
+    if (!workspace || !std::align(256, 1, place, room))
+        room = 0;
+    KL_TRY(find(all, {*shape, (uint32_t)(places & (~places + 1)), room / 256 * 256}, &p));
     return check(all->l.matmul(all->handle, p->operation, &alpha, b, p->b, a, p->a, &beta, beta != 0.0f ? c : y, p->y, y, p->y, &p->algorithm,
-                               workspace, p->asked.workspace, (cudaStream_t)ctx->stream), "product");
+                               place, p->asked.workspace, (cudaStream_t)ctx->stream), "product");
 }
 
 void kl_gpu_products_close(kl_ctx *ctx)
