@@ -11,6 +11,9 @@ const kl_tolerance kl_tol_moe_f32 = {"MoE, float32", 2e-5, 1e-4, "three products
 const kl_tolerance kl_tol_moe_bf16 = {"MoE, bf16 operands", 8e-3, 1.6e-2, "2 bf16 ulps: what an expert holds inside, its rows and their sum are rounded once each"};
 const kl_tolerance kl_tol_model_f32 = {"model, float32", 2e-4, 1e-3, "golden data"};
 const kl_tolerance kl_tol_model_bf16 = {"model, bf16", 2e-2, 5e-2, "golden data"};
+const kl_tolerance kl_tol_layers_f32 = {"layers, float32", 5e-6, 2e-5, "a reciprocal root, a sigmoid or a sum of some thousand terms: a few dozen ulps"};
+const kl_tolerance kl_tol_layers_bf16 = {"layers, bf16 operands or results", 4e-3, 6e-3, "one rounding to bf16, 2e-3 at the most, of a result or an operand"};
+const kl_tolerance kl_tol_muon = {"Muon, bf16 products", 3e-2, 3e-2, "fifteen products in a row, each rounded; small singular values grow 3.4-fold a step with what was rounded"};
 const kl_tolerance kl_tol_golden_bf16_grad = {"model, gradients stored as bf16", 2e-4, 5e-3, "golden data: half a bf16 ulp is 2e-3"};
 
 typedef struct norms {

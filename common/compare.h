@@ -30,6 +30,7 @@ typedef struct kl_tolerance {
 } kl_tolerance;
 extern const kl_tolerance kl_tol_kda_f32, kl_tol_kda_bf16, kl_tol_kda_bf16_corr;
 extern const kl_tolerance kl_tol_mla_f32, kl_tol_mla_bf16, kl_tol_moe_f32, kl_tol_moe_bf16, kl_tol_model_f32, kl_tol_model_bf16, kl_tol_golden_bf16_grad;
+extern const kl_tolerance kl_tol_layers_f32, kl_tol_layers_bf16, kl_tol_muon;
 
 #ifdef __cplusplus
 }

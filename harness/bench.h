@@ -24,6 +24,7 @@ typedef struct kl_shape {
     int64_t N, Tq, R, Dn, Dr, Dv;             /* mla */
     int64_t D, E, I, Is, top_k;               /* moe */
     int64_t new_tokens;                       /* model: tokens to decode */
+    /* layers: T, D, V words, I, and of projections N outputs, K inputs; C parameters */
     kl_dtype latent, weight;
     int64_t lengths[KL_SHAPE_LENGTHS];
     int64_t length_count;                     /* 0: not packed */
@@ -112,6 +113,10 @@ void kl_bench_means(kl_bench *b);
 
 /* Every variant of the family (kda: DPLR beside it) at every shape, then the ratios that are asked of it. */
 kl_status kl_bench_family(kl_bench *b, kl_family family, const kl_shape *shapes, int count);
+
+/* The operations around the families at every shape; b->variant is one of them, or NULL. */
+kl_shape kl_bench_layers_shape(kl_device device); /* where nothing is asked for */
+kl_status kl_bench_layers(kl_bench *b, const kl_shape *shapes, int count);
 
 struct kl_model;
 /* Prefill, decode and, where asked, a training step of a model. */

@@ -55,7 +55,7 @@ static void add_shape(cJSON *o, const kl_shape *s)
         cJSON_AddNumberToObject(o, "G", s->G < 0 ? 0.0 : (double)s->G);
     if (s->R)
         cJSON_AddStringToObject(o, "latent", kl_dtype_name(s->latent));
-    if (s->R || s->D)
+    if (s->R || s->E)
         cJSON_AddStringToObject(o, "weight", kl_dtype_name(s->weight));
     if (s->length_count) {
         cJSON *list = cJSON_AddArrayToObject(o, "lengths");

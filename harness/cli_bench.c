@@ -4,6 +4,7 @@
 #include "harness/cli.h"
 #include "harness/file.h"
 #include "harness/info.h"
+#include "harness/layers.h"
 #include "harness/model.h"
 
 enum { KEY_SHAPES = CLI_KEY_OWN, KEY_FILE, KEY_GATE, KEY_VARIANT, KEY_PASS, KEY_RUNS, KEY_PRESET, KEY_SET, MAX_SET = 64 };
@@ -32,7 +33,7 @@ static const struct argp_option options[] = {
 static const char doc[] =
     "Times every registered variant and prints one row a case, with the fraction of what this machine reaches and the error against the reference.\v"
     "Keys of --shapes: kda B T N H HV K V G C lengths, on a device raw (gate, norms and sigmoid inside) and dplr; mla N T Tq H R Dn Dr Dv latent weight lengths; moe T D E I Is top_k weight; "
-    "model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'. "
+    "layers T D V I N K C; model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'. "
     "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates; for mla: prefill, late, decode.";
 
 static kl_status choose_pass(bench_options *o, const char *name)
@@ -91,6 +92,7 @@ static const defaults table[] = {
      {{[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true}, {[KL_BENCH_DECODE] = true}}},
     {"moe", {.T = 512, .D = 768, .E = 32, .I = 384, .top_k = 4, .Is = 384}, {"T=512", "T=1"},
      {{[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true}, {[KL_BENCH_DECODE] = true}}},
+    {"layers", {0}, {"", NULL}, {{[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true}, {false}}},
     {"model", {.T = 2048, .new_tokens = 64}, {"T=2048", NULL}, {{[KL_BENCH_PREFILL] = true, [KL_BENCH_DECODE] = true}, {false}}},
 };
 
@@ -108,10 +110,17 @@ static kl_status run_group(kl_bench *b, const defaults *d, kl_model *m, const ch
 {
     kl_shape list[KL_SHAPES];
     int count;
-    KL_TRY(kl_shapes_parse(d->family, shapes, &d->first, list, &count));
+    bool layers = strcmp(d->family, "layers") == 0;
+    kl_shape first = layers ? kl_bench_layers_shape(b->ctx->device) : d->first;
+    list[0] = first;
+    count = 1;
+    if (*shapes)
+        KL_TRY(kl_shapes_parse(d->family, shapes, &first, list, &count));
     memcpy(b->pass, pass, sizeof b->pass);
     if (m)
         return kl_bench_model(b, m, list, count);
+    if (layers)
+        return kl_bench_layers(b, list, count);
     for (int f = 0; f < 4; f++)
         if (strcmp(kl_family_name((kl_family)f), d->family) == 0)
             return kl_bench_family(b, (kl_family)f, list, count);
@@ -153,6 +162,8 @@ static kl_status check_variant(const char *name, const char *family)
         for (int i = 0; i < count && strcmp(kl_family_name((kl_family)f), family) == 0; i++)
             known |= strcmp(v[i].name, name) == 0;
     }
+    for (layers_op op = 0; op < LAYERS_OPS; op++)
+        known |= strcmp(family, "layers") == 0 && strcmp(layers_name(op), name) == 0;
     KL_REQUIRE(known, "--variant: %s has no variant '%s'", family, name);
     return kl_ok();
 }
@@ -213,7 +224,7 @@ static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)
 
 kl_status cli_bench(const cli_line *line, int argc, char **argv)
 {
-    static const struct argp argp = {options, parse, "kda|mla|moe|model [DIR]", doc, 0, 0, 0};
+    static const struct argp argp = {options, parse, "kda|mla|moe|layers|model [DIR]", doc, 0, 0, 0};
     bench_options o = {.regime = KL_REGIME_MIXED};
     bool help;
     KL_TRY(cli_parse(&argp, argc, argv, &o, &help));
@@ -223,11 +234,11 @@ kl_status cli_bench(const cli_line *line, int argc, char **argv)
     for (size_t i = 0; o.what && i < sizeof table / sizeof *table; i++)
         if (strcmp(table[i].family, o.what) == 0)
             d = &table[i];
-    KL_REQUIRE(o.what, "expected kda, mla, moe or model; '%s --help' says more", argv[0]);
-    KL_REQUIRE(d, "expected kda, mla, moe or model, got '%s'", o.what);
+    KL_REQUIRE(o.what, "expected kda, mla, moe, layers or model; '%s --help' says more", argv[0]);
+    KL_REQUIRE(d, "expected kda, mla, moe, layers or model, got '%s'", o.what);
     bool model = strcmp(d->family, "model") == 0;
     KL_REQUIRE(model || (!o.dir && !o.preset && !o.sets), "%s: a directory, --preset and --set are for model only", d->family);
-    KL_REQUIRE(!model || !o.variant, "--variant: for kda, mla and moe only");
+    KL_REQUIRE(!model || !o.variant, "--variant: for the families only");
     if (o.variant)
         KL_TRY(check_variant(o.variant, d->family));
     kl_bench b = {.regime = o.regime, .variant = o.variant, .runs = (int)o.runs, .quiet = o.file && strcmp(o.file, "-") == 0};

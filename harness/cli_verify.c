@@ -26,6 +26,7 @@ static const char doc[] =
     "Checks every registered variant, one row a tensor with its error and its limit; exit status 0 only if all hold.\v"
     "kl verify kda FILE|DIR             golden data of the operator\n"
     "kl verify kda|mla|moe --random     random problems over the operator's hard cases\n"
+    "kl verify layers                   norms, embedding, projections, loss and optimizers\n"
     "kl verify model DIR                a checkpoint with expected.safetensors\n"
     "kl verify tokenizer DIR            a vocabulary with expected.json\n"
     "kl verify --summary                a short table";
@@ -88,23 +89,27 @@ static kl_status dispatch(kl_verifier *v, const verify_options *o)
     for (int f = 0; f < 4; f++)
         if (f != KL_FAMILY_DPLR && strcmp(o->what, kl_family_name((kl_family)f)) == 0)
             return verify_family(v, o, (kl_family)f);
+    if (strcmp(o->what, "layers") == 0) {
+        KL_REQUIRE(!o->path && !o->random, "layers: expected neither --random nor a path: its cases are fixed");
+        return kl_verify_layers(v);
+    }
     KL_REQUIRE(!o->random, "--random: expected kda, mla or moe, got '%s'", o->what);
     bool model = strcmp(o->what, "model") == 0;
-    KL_REQUIRE(model || strcmp(o->what, "tokenizer") == 0, "expected kda, mla, moe, model or tokenizer, got '%s'", o->what);
+    KL_REQUIRE(model || strcmp(o->what, "tokenizer") == 0, "expected kda, mla, moe, layers, model or tokenizer, got '%s'", o->what);
     KL_REQUIRE(o->path, "%s: expected a directory", o->what);
     return model ? kl_verify_model(v, o->path) : kl_verify_tokenizer(v, o->path);
 }
 
 kl_status cli_verify(const cli_line *line, int argc, char **argv)
 {
-    static const struct argp argp = {options, parse, "kda|mla|moe|model|tokenizer [FILE|DIR]", doc, 0, 0, 0};
+    static const struct argp argp = {options, parse, "kda|mla|moe|layers|model|tokenizer [FILE|DIR]", doc, 0, 0, 0};
     verify_options o = {.seed = 1, .cases = 42};
     kl_verifier v = {0};
     bool help;
     KL_TRY(cli_parse(&argp, argc, argv, &o, &help));
     if (help)
         return kl_ok();
-    KL_REQUIRE(o.what || o.summary, "expected kda, mla, moe, model or tokenizer; '%s --help' says more", argv[0]);
+    KL_REQUIRE(o.what || o.summary, "expected kda, mla, moe, layers, model or tokenizer; '%s --help' says more", argv[0]);
     KL_TRY(kl_ctx_create(&v.ctx, &o.common.context));
     v.json = o.common.json;
     v.only = o.variant;

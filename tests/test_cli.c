@@ -75,7 +75,7 @@ static void commands_and_options(void **state)
     refused("info --preset 48b --set nonsense=1", "nonsense");
     refused("info --preset 48b --context 4Q", "4Q");
     refused("info --preset 48b extra more", "'more'");
-    refused("verify", "expected kda, mla, moe, model or tokenizer");
+    refused("verify", "expected kda, mla, moe, layers, model or tokenizer");
     refused("verify frob", "'frob'");
     refused("verify kda", "golden file");
     refused("verify mla", "--random");
@@ -83,7 +83,7 @@ static void commands_and_options(void **state)
     refused("verify kda --random --variant nonsense", "nonsense");
     refused("verify model", "expected a directory");
     refused("verify kda --device tpu --random", "'tpu'");
-    refused("bench", "expected kda, mla, moe or model");
+    refused("bench", "expected kda, mla, moe, layers or model");
     refused("bench frob", "'frob'");
     refused("generate", "expected a model's directory");
     refused("generate " TINY " --prompt a --prompt-file b", "expected one of");

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 #include "common/gpu.h"
+#include "harness/layers_case.h"
 #include "harness/problem.h"
 #include "tests/expect.h"
 #include "tests/shell.h"
@@ -183,6 +184,29 @@ static void run_everything(kl_ctx *ctx)
     kl_scratch_free(&scratch);
 }
 
+/* Every operation of the layers, the norm at the width that asks for most. */
+static void run_layers(kl_ctx *ctx)
+{
+    const layers_spec specs[] = {
+        {.p = {.op = LAYERS_RMSNORM, .rmsnorm = {.T = 5, .D = 2304}}, .g.rmsnorm = {.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED}},
+        {.p = {.op = LAYERS_EMBED, .embed = {.T = 9, .D = 8, .vocab = 3}}},
+        {.p = {.op = LAYERS_SWIGLU, .swiglu = {.T = 2, .I = 8, .y = LAYERS_WANTED}}},
+        {.p = {.op = LAYERS_LINEAR, .linear = {.T = 2, .N = 8, .K = 8}}, .g.linear = {.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED}},
+        {.p = {.op = LAYERS_HEAD_LOSS, .head_loss = {.T = 1, .D = 8, .vocab = 8, .sum = LAYERS_WANTED}}, .g.head_loss = {.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED}},
+        {.p = {.op = LAYERS_ADAMW, .adamw = {.n = 8, .step = 1, .eps = 1e-8}}},
+        {.p = {.op = LAYERS_MUON, .muon = {.rows = 2, .columns = 4}}},
+        {.p = {.op = LAYERS_SUMSQ, .sumsq = {.n = 8}}}};
+    for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
+        layers_spec spec = specs[i];
+        layers_case c;
+        spec.backward = layers_has_backward(spec.p.op);
+        assert_ok(layers_case_create(&c, ctx, &spec));
+        for (kl_pass pass = KL_FORWARD; pass <= (spec.backward ? KL_BACKWARD : KL_FORWARD); pass++)
+            assert_ok(layers_case_run(&c, layers_pick(KL_CUDA, spec.p.op), pass));
+        layers_case_free(&c);
+    }
+}
+
 static void launches_keep_to_their_shared_memory(void **state)
 {
     (void)state;
@@ -191,6 +215,7 @@ static void launches_keep_to_their_shared_memory(void **state)
     kl_ctx *ctx;
     assert_ok(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA}));
     run_everything(ctx);
+    run_layers(ctx);
     kl_ctx_destroy(ctx);
     const char *name;
     size_t shared;
