@@ -199,6 +199,7 @@ template <int N, bool add = true, class A, class B> static inline void kl_wgmma(
 {
     kl_wgmma<N>(c, a, b, add);
 }
+template <class T> static inline void kl_pin(T &) {}
 static inline void kl_wgmma_fence() {}
 static inline void kl_wgmma_commit() {}
 template <int left> static inline void kl_wgmma_wait() {}

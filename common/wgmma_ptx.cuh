@@ -170,6 +170,15 @@ template <int N, bool add = true, class A, class B> __device__ __forceinline__ v
 {
     kl_wgmma<N>(c, a, b, add);
 }
+/* The compiler may neither compute x later than here nor use it earlier: for what products in flight read or write. */
+__device__ __forceinline__ void kl_pin(float &x) { asm volatile("" : "+f"(x) :: "memory"); }
+__device__ __forceinline__ void kl_pin(uint32_t &x) { asm volatile("" : "+r"(x) :: "memory"); }
+template <class T, int count> __device__ __forceinline__ void kl_pin(T (&x)[count])
+{
+#pragma unroll
+    for (int i = 0; i < count; i++)
+        kl_pin(x[i]);
+}
 __device__ __forceinline__ void kl_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void kl_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int left> __device__ __forceinline__ void kl_wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory"); }
