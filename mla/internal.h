@@ -70,6 +70,11 @@ kl_status mla_cuda_recurrent_check(const void *problem, kl_pass pass);
 size_t mla_cuda_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status mla_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 
+kl_status mla_cuda_chunk_check(const void *problem, kl_pass pass);
+size_t mla_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status mla_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+kl_status mla_cuda_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads, void *workspace, size_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -71,6 +71,8 @@ static const kl_variant table[] = {
 #ifdef KL_HAVE_CUDA
     {"mla", "recurrent", KL_CUDA, "absorbed: queries against the latent rows themselves, split over the keys, bfloat16", mla_cuda_recurrent_check,
      mla_cuda_recurrent_workspace, mla_cuda_recurrent_forward, NULL, cost},
+    {"mla", "chunk", KL_CUDA, "keys and values expanded by cuBLASLt, causal attention by warpgroups, bfloat16", mla_cuda_chunk_check, mla_cuda_chunk_workspace,
+     mla_cuda_chunk_forward, mla_cuda_chunk_backward, cost},
 #endif
 };
 enum { RECURRENT, CHUNK, VARIANTS = sizeof table / sizeof *table }; /* the first two: on the cpu */

@@ -1,0 +1,121 @@
+/* The chunk form of MLA on a device, forward and backward, against the reference: lengths that fill no tile, queries in the middle of
+ * their keys, smaller heads, logits far apart. On an emulated device the kernels run on the host. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <stdlib.h>
+
+#include "common/gpu.h"
+#include "harness/reference_variants.h"
+#include "tests/expect.h"
+
+static kl_ctx *ctx, *host;
+static const kl_variant *variant;
+
+static int open_device(void **state)
+{
+    (void)state;
+    if (kl_gpu_count() < 1)
+        return 0;
+    variant = mla_pick(KL_CUDA, "chunk", NULL, KL_BACKWARD);
+    return !variant || kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA})) || kl_failed(kl_ctx_create(&host, NULL));
+}
+
+static int close_device(void **state)
+{
+    (void)state;
+    kl_ctx_destroy(ctx);
+    kl_ctx_destroy(host);
+    return 0;
+}
+
+/* size: what queries are multiplied by, so that logits grow; limits: of the worst tensor. */
+static void check(kl_mla_spec spec, float size, double forward, double backward)
+{
+    kl_case c;
+    kl_scratch scratch = {0};
+    spec.latent_dtype = spec.weight_dtype = KL_BF16;
+    spec.backward = backward > 0.0;
+    spec.seed = 5;
+    assert_ok(kl_case_mla(&c, &spec));
+    float *q = (float *)c.problem.mla.q;
+    for (int64_t i = 0; i < c.problem.mla.cu_q[c.problem.mla.N] * spec.H * (spec.Dn + spec.Dr); i++)
+        q[i] *= size;
+    assert_ok(kl_case_place(&c, &(kl_placement){.dtype = KL_BF16}, NULL));
+    for (kl_pass pass = KL_FORWARD; pass <= (spec.backward ? KL_BACKWARD : KL_FORWARD); pass++) {
+        assert_ok(kl_case_run(host, &c, &kl_reference_mla, pass, &scratch));
+        assert_ok(kl_case_keep(&c, pass));
+        assert_ok(kl_case_run(ctx, &c, variant, pass, &scratch));
+        double err = kl_case_worst(&c, pass, NULL), limit = pass == KL_FORWARD ? forward : backward;
+        if (!kl_within(err, limit))
+            fail_msg("%s, pass %d: error %g beyond %g", c.name, (int)pass, err, limit);
+    }
+    kl_scratch_free(&scratch);
+    kl_case_free(&c);
+}
+
+#define NEEDS_DEVICE() \
+    do {               \
+        (void)state;   \
+        if (!ctx)      \
+            skip();    \
+    } while (0)
+
+static void the_released_heads(void **state)
+{
+    NEEDS_DEVICE();
+    check((kl_mla_spec){.lengths = (const int64_t[]){129, 1, 64}, .N = 3, .H = 3, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128}, 1.0f, 5e-3, 8e-3);
+}
+
+static void queries_in_the_middle_of_their_keys(void **state)
+{
+    NEEDS_DEVICE();
+    check((kl_mla_spec){.lengths = (const int64_t[]){300, 40}, .N = 2, .Tq = 37, .H = 1, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128}, 1.0f, 5e-3, 8e-3);
+    check((kl_mla_spec){.T = 270, .Tq = 130, .H = 1, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128}, 1.0f, 5e-3, 8e-3);
+}
+
+static void smaller_heads_are_padded(void **state)
+{
+    NEEDS_DEVICE();
+    check((kl_mla_spec){.N = 2, .T = 70, .H = 4, .R = 32, .Dn = 24, .Dr = 8, .Dv = 24}, 1.0f, 5e-3, 8e-3);
+    check((kl_mla_spec){.T = 140, .H = 2, .R = 64, .Dn = 32, .Dr = 16, .Dv = 32}, 1.0f, 5e-3, 8e-3);
+    check((kl_mla_spec){.T = 70, .H = 1, .R = 40, .Dn = 72, .Dr = 0, .Dv = 104}, 1.0f, 5e-3, 8e-3);
+}
+
+/* Keys are rounded to bfloat16 before a score is made of them: at logits of some hundred that is an error of one. */
+static void large_logits_stay_finite(void **state)
+{
+    NEEDS_DEVICE();
+    check((kl_mla_spec){.T = 200, .H = 1, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128}, 100.0f, 0.1, 0.0);
+}
+
+static void what_it_lacks_is_named(void **state)
+{
+    NEEDS_DEVICE();
+    int64_t cu_q[] = {0, 1}, start[] = {0}, keys[] = {1};
+    mla_problem p = {.N = 1, .H = 1, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128, .cu_q = cu_q, .kv_start = start, .kv_len = keys, .dtype = KL_BF16,
+                     .latent_dtype = KL_BF16, .weight_dtype = KL_BF16, .latent_rows = 1};
+    assert_ok(variant->check(&p, KL_FORWARD));
+    mla_problem bad = p;
+    bad.dtype = KL_F32;
+    expect_error(variant->check(&bad, KL_FORWARD), KL_EUNSUPPORTED, "dtype: mla chunk on cuda offers bfloat16");
+    bad = p, bad.Dn = 136;
+    expect_error(variant->check(&bad, KL_FORWARD), KL_EUNSUPPORTED, "Dn: mla chunk on cuda offers at most 128, got 136");
+    bad = p, bad.Dv = 100;
+    expect_error(variant->check(&bad, KL_FORWARD), KL_EUNSUPPORTED, "Dv: mla chunk on cuda offers multiples of 8, got 100");
+    bad = p, bad.scale = -1.0f;
+    expect_error(variant->check(&bad, KL_FORWARD), KL_EUNSUPPORTED, "scale: mla chunk on cuda offers positive ones");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_released_heads),       cmocka_unit_test(queries_in_the_middle_of_their_keys), cmocka_unit_test(smaller_heads_are_padded),
+        cmocka_unit_test(large_logits_stay_finite), cmocka_unit_test(what_it_lacks_is_named),
+    };
+    return cmocka_run_group_tests(tests, open_device, close_device);
+}
