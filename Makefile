@@ -9,6 +9,7 @@ BUILD   ?= build$(if $(filter 1,$(SAN)),-san)$(if $(filter 1,$(DEBUG)),-debug)$(
 V       ?= 0
 Q       := $(if $(filter 1,$(V)),,@)
 MAKEFLAGS += --no-builtin-rules
+, := ,
 
 # gcc 12 or newer, or CC=clang
 ifeq ($(origin CC),default)
@@ -38,7 +39,13 @@ CFLAGS  ?=
 override CFLAGS += -std=gnu11 -g $(OPT) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno $(WARN) -I.
 CXX     := g++
 CXXFLAGS := -std=c++17 -g $(subst -O3,-O2,$(OPT)) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno -DKL_EMULATE -Wall -Wextra -Wno-unknown-pragmas -I.
-NVFLAGS := -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -lineinfo -Xptxas -v -cudart static -I. -Xcompiler -fPIC,-Wall
+NVFLAGS := -std=c++17 -O3 -lineinfo -Xptxas -v -cudart static -I. -Xcompiler -fPIC,-Wall
+# 90a: machine code with Hopper's own instructions. 80 (any other): PTX without them, for that device and every newer one; of
+# what needs Hopper in any case there is none.
+CUDA_ARCHS ?= 90a 80
+HOPPER     := -gencode arch=compute_90a$(,)code=sm_90a
+PLAIN      := $(foreach a,$(filter-out 90a,$(CUDA_ARCHS)),-gencode arch=compute_$a$(,)code=compute_$a)
+nvarch      = $(if $(filter mla/% moe/%,$1),$(HOPPER),$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER)) $(PLAIN))
 LDLIBS   = $(DEP_LIBS) -fopenmp -lm
 ifeq ($(CUDA),1)
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
@@ -83,7 +90,7 @@ help:
 	@echo "make install    headers, libraries, kl.pc and kl under PREFIX=/usr/local (DESTDIR honoured)"
 	@echo "make deps       install the Debian packages that are missing"
 	@echo "make clean      remove $(BUILD)"
-	@echo "switches        ARCH=native|x86-64-v3|..., CC=gcc|clang, CUDA=0|1, EMULATE=1 (GPU kernels on the host, for tests), DEBUG=1, SAN=1, BUILD=dir, V=1"
+	@echo "switches        ARCH=native|x86-64-v3|..., CC=gcc|clang, CUDA=0|1, CUDA_ARCHS=\"90a 80\", EMULATE=1 (GPU kernels on the host, for tests), DEBUG=1, SAN=1, BUILD=dir, V=1"
 
 checklibs:
 	@command -v $(CC) >/dev/null || { echo "make: no C compiler '$(CC)': run 'make deps'"; exit 1; }
@@ -108,7 +115,7 @@ else
 $(BUILD)/obj/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	@$(if $(Q),echo "  nvcc  $<")
-	$(Q)$(NVCC) $(NVFLAGS) -MMD -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.report) || { cat $(@:.o=.report); exit 1; }
+	$(Q)$(NVCC) $(NVFLAGS) $(call nvarch,$<) -MMD -MF $(@:.o=.d) -c $< -o $@ 2>$(@:.o=.report) || { cat $(@:.o=.report); exit 1; }
 	@grep -v '^ptxas info\|bytes stack frame' $(@:.o=.report) || true
 endif
 

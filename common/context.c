@@ -6,13 +6,33 @@
 #include "common/blas.h"
 #include "common/gpu.h"
 
-kl_status kl_gpu_check_capability(int index, int capability)
+kl_status kl_gpu_check_capability(int index, int capability, const int *archs, int count, bool *hopper)
 {
-    enum { OLDEST = 90 };
-    if (capability >= OLDEST)
+    enum { HOPPER = 90, OLDEST = 80 };
+    int oldest = 0; /* from which on there is code for every device */
+    bool own = false;
+    for (int i = 0; i < count; i++) {
+        int arch = archs[i] / 10;
+        own = own || arch == HOPPER;
+        if (arch != HOPPER && (!oldest || arch < oldest))
+            oldest = arch;
+    }
+    *hopper = own && capability == HOPPER;
+    if (*hopper || (oldest && capability >= oldest))
         return kl_ok();
-    return kl_error(KL_EDEVICE, "device: expected compute capability %d.%d or newer, got %d.%d of cuda:%d; use --device cpu", OLDEST / 10,
-                    OLDEST % 10, capability / 10, capability % 10, index);
+    if (!oldest && capability >= OLDEST)
+        return kl_error(KL_EDEVICE, "device: expected compute capability 9.0, all that this build has code for (CUDA_ARCHS), got %d.%d of cuda:%d; use --device cpu",
+                        capability / 10, capability % 10, index);
+    oldest = oldest ? oldest : OLDEST;
+    return kl_error(KL_EDEVICE, "device: expected compute capability %d.%d or newer, got %d.%d of cuda:%d; use --device cpu", oldest / 10, oldest % 10,
+                    capability / 10, capability % 10, index);
+}
+
+kl_status kl_gpu_require_hopper(const kl_ctx *ctx, const char *who)
+{
+    if (ctx->device != KL_CUDA || ctx->hopper)
+        return kl_ok();
+    return kl_error(KL_EUNSUPPORTED, "%s: device: expected compute capability 9.0 and code for it, which cuda:%d is not; use --device cpu", who, ctx->device_index);
 }
 
 kl_status kl_ctx_create(kl_ctx **out, const kl_ctx_options *options)

@@ -2,6 +2,9 @@
 #ifndef KL_COMMON_CONTEXT_H
 #define KL_COMMON_CONTEXT_H
 
+#include <stdbool.h>
+#include <stddef.h>
+
 #include "common/status.h"
 
 #ifdef __cplusplus
@@ -21,6 +24,8 @@ typedef struct kl_ctx {
     kl_device device;
     int device_index;
     int threads;
+    bool hopper;        /* kernels run there as they were compiled for 9.0: clusters, bulk copies, wgmma */
+    size_t shared_most; /* bytes of shared memory that a block may have */
     void *stream; /* cudaStream_t */
     void *blas;   /* products that have been asked for (common/gpu_product.cu) */
 } kl_ctx;

@@ -1,6 +1,6 @@
 /* The vocabulary that kernels are written in, and how they are launched.
  *
- * With a CUDA toolkit the words are inline PTX for sm_80 and later (bulk copies and clusters: sm_90). With KL_EMULATE they
+ * With a CUDA toolkit the words are inline PTX, for 9.0 and in a plainer form for 8.0 and everything later. With KL_EMULATE they
  * are ordinary C++, and a launch runs the grid on the host, one fiber a thread (common/emulate.h): the same kernel
  * source is then tested, and run under the address sanitizer, on machines without a GPU. So a kernel uses these words and
  * CUDA's own __syncthreads, __syncwarp, __shfl_*_sync and friends, and no PTX of its own.
@@ -29,6 +29,17 @@ struct kl_grid {
     bool overlap = false;        /* may start while the launch before it drains; the kernel calls kl_grid_wait() */
     bool resident = false;       /* all blocks run at the same time and may wait for one another; refused when they do not fit */
 };
+
+/* Does the device have what the grid asks for? */
+inline kl_status kl_launch_fits(const kl_ctx *ctx, const char *name, const kl_grid &g)
+{
+    if (g.cluster > 1 && !ctx->hopper)
+        return kl_error(KL_EUNSUPPORTED, "%s: clusters: expected a device of compute capability 9.0 and code for it; use --device cpu", name);
+    if (g.shared > ctx->shared_most)
+        return kl_error(KL_EUNSUPPORTED, "%s: shared memory: expected a device with %zu bytes a block, got %zu; use --device cpu", name, g.shared,
+                        ctx->shared_most);
+    return kl_ok();
+}
 
 #ifdef KL_EMULATE
 #include "common/emulate.h"

@@ -1,5 +1,10 @@
-/* The words of common/device.cuh on hardware. Included from there only. */
+/* The words of common/device.cuh on hardware. Included from there only. Those between KL_HOPPER and its #endif have another,
+ * plain form for everything but 9.0 in common/device_plain.cuh. */
 #include <cuda_runtime.h>
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KL_HOPPER
+#endif
 
 #define KL_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
@@ -13,8 +18,9 @@ inline kl_status kl_cuda(cudaError_t e, const char *what)
 }
 
 /* What a kernel must be told before its first launch with a grid of this kind. */
-inline kl_status kl_launch_prepare(const char *name, const kl_grid &g, const void *kernel)
+inline kl_status kl_launch_prepare(const kl_ctx *ctx, const char *name, const kl_grid &g, const void *kernel)
 {
+    KL_TRY(kl_launch_fits(ctx, name, g));
     if (g.shared > 48 * 1024)
         KL_TRY(kl_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)g.shared), name));
     if (g.cluster > 8)
@@ -36,7 +42,7 @@ inline cudaLaunchConfig_t kl_launch_config(const kl_ctx *ctx, const kl_grid &g, 
         a.val.clusterDim.x = (unsigned)g.cluster;
         a.val.clusterDim.y = a.val.clusterDim.z = 1;
     }
-    if (g.overlap) {
+    if (g.overlap && ctx->hopper) {
         cudaLaunchAttribute &a = attribute[c.numAttrs++];
         a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         a.val.programmaticStreamSerializationAllowed = 1;
@@ -58,7 +64,7 @@ kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void 
     if (g.x > INT32_MAX || g.y > 65535 || g.z > 65535)
         return kl_error(KL_EUNSUPPORTED, "%s: expected a grid of at most 2147483647 x 65535 x 65535, got %lld x %lld x %lld", name,
                         (long long)g.x, (long long)g.y, (long long)g.z);
-    KL_TRY(kl_launch_prepare(name, g, (const void *)kernel));
+    KL_TRY(kl_launch_prepare(ctx, name, g, (const void *)kernel));
     cudaLaunchAttribute attribute[3];
     cudaLaunchConfig_t c = kl_launch_config(ctx, g, attribute);
     return kl_cuda(cudaLaunchKernelEx(&c, kernel, P(args)...), name);
@@ -68,7 +74,7 @@ kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void 
 template <class... P> int kl_resident_clusters(const kl_ctx *ctx, const kl_grid &g, void (*kernel)(P...))
 {
     int count = 0;
-    if (kl_failed(kl_launch_prepare("clusters", g, (const void *)kernel)))
+    if (!ctx->hopper || kl_failed(kl_launch_prepare(ctx, "clusters", g, (const void *)kernel)))
         return 0;
     cudaLaunchAttribute attribute[3];
     cudaLaunchConfig_t c = kl_launch_config(ctx, g, attribute);
@@ -164,6 +170,7 @@ __device__ __forceinline__ void kl_ldmatrix2_trans(uint32_t r[2], const void *ro
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1]) : "r"(kl_shared_address(row)) : "memory");
 }
+#ifdef KL_HOPPER
 /* The way back. */
 __device__ __forceinline__ void kl_stmatrix4(void *row, const uint32_t r[4])
 {
@@ -175,6 +182,7 @@ __device__ __forceinline__ void kl_stmatrix4_trans(void *row, const uint32_t r[4
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
                  :: "r"(kl_shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
+#endif
 /* An 8 x 8 matrix of 16-bit elements across the warp, transposed. */
 __device__ __forceinline__ uint32_t kl_movmatrix_trans(uint32_t x)
 {
@@ -194,15 +202,24 @@ __device__ __forceinline__ void kl_mbar_init(uint64_t *bar, int arrivals)
 {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(kl_shared_address(bar)), "r"(arrivals) : "memory");
 }
+__device__ __forceinline__ void kl_mbar_arrive(uint64_t *bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(kl_shared_address(bar)) : "memory");
+}
+/* Has that phase ended by now? Asked early, the answer is there when it is wanted. Acquires like the wait if so. */
+__device__ __forceinline__ bool kl_mbar_test(uint64_t *bar, int parity)
+{
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(kl_shared_address(bar)), "r"(parity) : "memory");
+    return done;
+}
+#ifdef KL_HOPPER
 /* After kl_mbar_init, before anyone else (the copy engine, the cluster) uses the barriers; then a block or cluster sync. */
 __device__ __forceinline__ void kl_mbar_init_fence()
 {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
-}
-__device__ __forceinline__ void kl_mbar_arrive(uint64_t *bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(kl_shared_address(bar)) : "memory");
 }
 /* Arrive, and let the phase wait for `bytes` more. */
 __device__ __forceinline__ void kl_mbar_expect(uint64_t *bar, int bytes)
@@ -226,15 +243,6 @@ __device__ __forceinline__ void kl_mbar_wait(uint64_t *bar, int parity)
                      : "=r"(done) : "r"(kl_shared_address(bar)), "r"(parity) : "memory");
 }
 
-/* Has that phase ended by now? Asked early, the answer is there when it is wanted. Acquires like the wait if so. */
-__device__ __forceinline__ bool kl_mbar_test(uint64_t *bar, int parity)
-{
-    uint32_t done;
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(kl_shared_address(bar)), "r"(parity) : "memory");
-    return done;
-}
-
 /* ---- asynchronous copies ---- */
 
 /* Ordinary stores of this thread become visible to bulk copies (call before the barrier that hands over). */
@@ -242,12 +250,15 @@ __device__ __forceinline__ void kl_fence_async() { asm volatile("fence.proxy.asy
 /* The same for shared memory alone, much cheaper: global writes before it are not waited for. */
 __device__ __forceinline__ void kl_fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/* bytes and both addresses multiples of 16; bar counts the bytes. */
+/* bytes and both addresses multiples of 16; bar counts the bytes. One thread expects and, for that phase, issues all loads and
+ * then says kl_bulk_issued; where a thread expects for another one, that one's phase has one load. */
 __device__ __forceinline__ void kl_bulk_load(void *shared, const void *global, int bytes, uint64_t *bar)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(kl_shared_address(shared)), "l"(global), "r"(bytes), "r"(kl_shared_address(bar)) : "memory");
 }
+/* No more loads of this thread belong to the phase. */
+__device__ __forceinline__ void kl_bulk_issued(uint64_t *) {}
 /* To the same place in every block of the cluster whose bit is set, each block's own barrier counting. */
 __device__ __forceinline__ void kl_bulk_load_multicast(void *shared, const void *global, int bytes, uint64_t *bar, uint16_t blocks)
 {
@@ -262,6 +273,7 @@ __device__ __forceinline__ void kl_bulk_commit() { asm volatile("cp.async.bulk.c
 /* Until at most `left` of this thread's groups of stores are unfinished; _read: until their shared memory is free again. */
 template <int left> __device__ __forceinline__ void kl_bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(left) : "memory"); }
 template <int left> __device__ __forceinline__ void kl_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory"); }
+#endif
 
 /* Starts the 128 bytes around an address on their way to the second cache. */
 __device__ __forceinline__ void kl_prefetch(const void *global) { asm volatile("prefetch.global.L2 [%0];" :: "l"(global)); }
@@ -301,6 +313,7 @@ __device__ __forceinline__ void kl_await(const int *p, int v)
 
 /* ---- clusters and grids ---- */
 
+#ifdef KL_HOPPER
 __device__ __forceinline__ int kl_cluster_rank()
 {
     uint32_t r;
@@ -326,6 +339,11 @@ __device__ __forceinline__ void kl_grid_release() { asm volatile("griddepcontrol
 /* Registers a thread of this warpgroup may use from here on: a multiple of 8; all four warps call it. */
 template <int count> __device__ __forceinline__ void kl_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(count)); }
 template <int count> __device__ __forceinline__ void kl_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(count)); }
+#endif
 
 #include "common/tensor_ptx.cuh"
+#ifdef KL_HOPPER
 #include "common/wgmma_ptx.cuh"
+#else
+#include "common/device_plain.cuh"
+#endif

@@ -15,6 +15,7 @@
 thread_local kl_emulated_thread *kl_emulated;
 thread_local dim3 kl_emulated_grid, kl_emulated_threads;
 bool kl_emulated_runs = true;
+bool kl_emulated_hopper = true;
 
 struct fiber : kl_emulated_thread {
     void *stack_pointer;

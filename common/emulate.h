@@ -81,7 +81,8 @@ void kl_emulated_block_barrier(int id, int threads, bool wait);
 void kl_emulated_cluster_barrier();
 unsigned char *kl_emulated_peer(const void *shared, int rank); /* the same place in another block of the cluster */
 [[noreturn]] void kl_emulated_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
-extern bool kl_emulated_runs; /* false: launches are checked, not run */
+extern bool kl_emulated_runs;   /* false: launches are checked, not run */
+extern bool kl_emulated_hopper; /* false: words as in common/device_plain.cuh */
 kl_status kl_emulated_run(const char *name, const kl_grid &g, const std::function<void()> &body);
 
 static inline kl_status kl_cuda(int error, const char *what)
@@ -92,11 +93,12 @@ static inline kl_status kl_cuda(int error, const char *what)
 template <class... P, class... A>
 kl_status kl_launch(const kl_ctx *ctx, const char *name, const kl_grid &g, void (*kernel)(P...), A... args)
 {
-    (void)ctx;
+    KL_TRY(kl_launch_fits(ctx, name, g));
+    kl_emulated_hopper = ctx->hopper;
     return kl_emulated_run(name, g, [=]() { kernel(P(args)...); });
 }
 
-template <class... P> int kl_resident_clusters(const kl_ctx *, const kl_grid &g, void (*)(P...)) { return 16 / g.cluster; }
+template <class... P> int kl_resident_clusters(const kl_ctx *ctx, const kl_grid &g, void (*)(P...)) { return ctx->hopper ? 16 / g.cluster : 0; }
 
 static inline void __syncthreads() { kl_emulated_block_barrier(0, 0, true); }
 static inline void kl_barrier(int id, int threads) { kl_emulated_block_barrier(id, threads, true); }
@@ -353,11 +355,17 @@ static inline void kl_emulated_arrive(kl_mbar *b, int bytes)
 static inline void kl_emulated_bytes(uint64_t *bar, int bytes)
 {
     kl_mbar *b = (kl_mbar *)bar;
+    if (!kl_emulated_hopper)
+        return;
     b->bytes -= bytes;
     kl_mbar_settle(b);
 }
 static inline void kl_mbar_arrive(uint64_t *bar) { kl_emulated_arrive((kl_mbar *)bar, 0); }
-static inline void kl_mbar_expect(uint64_t *bar, int bytes) { kl_emulated_arrive((kl_mbar *)bar, bytes); }
+static inline void kl_mbar_expect(uint64_t *bar, int bytes)
+{
+    if (kl_emulated_hopper)
+        kl_emulated_arrive((kl_mbar *)bar, bytes);
+}
 static inline void kl_mbar_arrive_at(uint64_t *bar, int rank) { kl_emulated_arrive((kl_mbar *)kl_emulated_peer(bar, rank), 0); }
 static inline void kl_mbar_wait(uint64_t *bar, int parity)
 {
@@ -380,6 +388,11 @@ static inline void kl_bulk_load(void *shared, const void *global, int bytes, uin
     kl_emulated_aligned("bulk load", shared, global, bytes);
     memcpy(shared, global, (size_t)bytes);
     kl_emulated_bytes(bar, bytes);
+}
+static inline void kl_bulk_issued(uint64_t *bar)
+{
+    if (!kl_emulated_hopper)
+        kl_emulated_arrive((kl_mbar *)bar, 0);
 }
 static inline void kl_bulk_load_multicast(void *shared, const void *global, int bytes, uint64_t *bar, uint16_t blocks)
 {

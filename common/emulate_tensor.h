@@ -164,6 +164,8 @@ template <class A, class B> struct kl_wgmma_args : kl_wgmma_a<A> {
 template <int N, class A, class B> void kl_emulated_wgmma(float *c, A a, B b, bool add)
 {
     static_assert(N <= 192 ? N % 8 == 0 : N % 16 == 0 && N <= 256, "N: a multiple of 8, of 16 beyond 192");
+    if (!kl_emulated_hopper)
+        kl_emulated_fail("wgmma: expected a device of 9.0");
     using arguments = kl_wgmma_args<A, B>;
     arguments m = {{a}, b, c};
     for (int i = 0; i < N / 2 && !add; i++)

@@ -45,17 +45,25 @@ void kl_gpu_describe(int index, char *text, size_t size)
         snprintf(text, size, "none (%s)", cudaGetErrorString(e));
 }
 
+static kl_status check_capability(int index, bool *hopper)
+{
+    static const int archs[] = {__CUDA_ARCH_LIST__};
+    int major = 0, minor = 0;
+    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device"));
+    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device"));
+    return kl_gpu_check_capability(index, 10 * major + minor, archs, sizeof archs / sizeof *archs, hopper);
+}
+
 kl_status kl_gpu_check(int index)
 {
-    int count = 0, major = 0, minor = 0;
+    int count = 0;
+    bool hopper;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e != cudaSuccess)
         return kl_error(KL_EDEVICE, "device: cuda:%d was asked for, but CUDA found no device (%s); use --device cpu", index, cudaGetErrorString(e));
     if (index < 0 || index >= count)
         return kl_error(KL_EDEVICE, "device: expected an index below %d, got cuda:%d", count, index);
-    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device"));
-    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device"));
-    return kl_gpu_check_capability(index, 10 * major + minor);
+    return check_capability(index, &hopper);
 }
 
 int kl_gpu_multiprocessors(const kl_ctx *ctx)
@@ -67,6 +75,10 @@ int kl_gpu_multiprocessors(const kl_ctx *ctx)
 
 kl_status kl_gpu_open(kl_ctx *ctx)
 {
+    int shared = 0;
+    KL_TRY(check_capability(ctx->device_index, &ctx->hopper));
+    KL_TRY(kl_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ctx->device_index), "device"));
+    ctx->shared_most = (size_t)shared;
     KL_TRY(kl_cuda(cudaSetDevice(ctx->device_index), "device"));
     cudaStream_t s;
     KL_TRY(kl_cuda(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "stream"));

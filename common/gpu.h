@@ -28,12 +28,15 @@ int kl_gpu_multiprocessors(const kl_ctx *ctx);
  * the last, and on a real device. */
 bool kl_gpu_launched(int i, const char **name, size_t *shared);
 /* What an emulated device shall pretend to be: compute capability (90: 9.0), bytes of memory, and whether it runs what is
- * launched or only checks that it could. */
+ * launched or only checks that it could. For contexts created from then on. */
 void kl_gpu_emulate(int capability, size_t memory, bool runs);
-/* Kernels need bulk copies and clusters in places, so 9.0; the rest is written for 8.0 and later. */
-kl_status kl_gpu_check_capability(int index, int capability);
+/* Can a device of that capability run a build for these architectures (CUDA_ARCHS: 900 is 9.0's own code, others what everything from them
+ * on can run)? *hopper: as it was compiled for 9.0. Names what is missing. */
+kl_status kl_gpu_check_capability(int index, int capability, const int *archs, int count, bool *hopper);
+/* KL_EUNSUPPORTED naming `who` and the device, unless kernels run there as compiled for 9.0. */
+kl_status kl_gpu_require_hopper(const kl_ctx *ctx, const char *who);
 
-/* The context's stream, and what it keeps of cuBLASLt; called by kl_ctx_create and kl_ctx_destroy. */
+/* The context's stream, what the device offers, and what is kept of cuBLASLt; called by kl_ctx_create and kl_ctx_destroy. */
 kl_status kl_gpu_open(kl_ctx *ctx);
 void kl_gpu_close(kl_ctx *ctx);
 void kl_gpu_products_close(kl_ctx *ctx);

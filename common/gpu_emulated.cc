@@ -39,15 +39,28 @@ int kl_gpu_count(void) { return 1; }
 const char *kl_gpu_toolkit(void) { return "emulated"; }
 void kl_gpu_describe(int, char *text, size_t size) { snprintf(text, size, "emulated on the host"); }
 
+/* As a build with CUDA_ARCHS="90a 80". */
+static kl_status check_capability(int index, bool *hopper)
+{
+    static const int archs[] = {800, 900};
+    return kl_gpu_check_capability(index, capability, archs, 2, hopper);
+}
+
 kl_status kl_gpu_check(int index)
 {
     if (index != 0)
         return kl_error(KL_EDEVICE, "device: expected an index below 1, got cuda:%d", index);
-    return kl_gpu_check_capability(index, capability);
+    bool hopper;
+    return check_capability(index, &hopper);
 }
 
 int kl_gpu_multiprocessors(const kl_ctx *) { return 9; }
-kl_status kl_gpu_open(kl_ctx *) { return kl_ok(); }
+/* As devices have it: 163 KB a block on 8.0, 99 KB on most others, 227 KB on 9.0 and 10.0. */
+kl_status kl_gpu_open(kl_ctx *ctx)
+{
+    ctx->shared_most = (size_t)(capability == 80 ? 163 : capability < 90 || capability >= 120 ? 99 : 227) << 10;
+    return check_capability(ctx->device_index, &ctx->hopper);
+}
 void kl_gpu_close(kl_ctx *) {}
 
 /* The size before every piece of memory, a guard behind it; the address sanitizer keeps kernels out of both. */

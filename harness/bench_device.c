@@ -139,6 +139,12 @@ static kl_status bench_variant(kl_workload *w, kl_bench_pass pass, double *secon
     return kl_bench_emit(w->b, &row);
 }
 
+static void not_offered(const kl_workload *w, kl_bench_pass pass, kl_status why)
+{
+    if (!w->b->quiet)
+        printf("%-6s %-7s %-11s not offered: %s\n", w->variant->family, kl_bench_pass_name(pass), w->variant->name, why.message);
+}
+
 static kl_status bench_all(kl_workload *w, kl_bench_pass pass, double *seconds)
 {
     int count, offered = 0;
@@ -155,14 +161,18 @@ static kl_status bench_all(kl_workload *w, kl_bench_pass pass, double *seconds)
         w->variant = &list[i];
         kl_status s = offers(w);
         if (s.code == KL_EUNSUPPORTED) {
-            if (!w->b->quiet)
-                printf("%-6s %-7s %-11s not offered: %s\n", list[i].family, kl_bench_pass_name(pass), list[i].name, s.message);
+            not_offered(w, pass, s);
             continue;
         }
         KL_TRY(s);
         if (!offered++)
             KL_TRY(w->ops->expect(w));
-        KL_TRY(kl_error_in(bench_variant(w, pass, seconds), "%s %s", list[i].family, list[i].name));
+        s = bench_variant(w, pass, seconds);
+        if (s.code == KL_EUNSUPPORTED) { /* by this device */
+            not_offered(w, pass, s);
+            continue;
+        }
+        KL_TRY(kl_error_in(s, "%s %s", list[i].family, list[i].name));
     }
     return kl_ok();
 }

@@ -83,6 +83,7 @@ size_t kda_cuda_tiles_workspace(const kda_problem *p, bool core);
 kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, bool core, void *workspace, size_t bytes, const void **tiles);
 size_t kda_cuda_persistent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_persistent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+size_t kda_cuda_two_pass_shared(const kda_problem *p);
 size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);

@@ -1,6 +1,7 @@
 /* The table of variants, the dispatch that picks from it, and what a problem costs. */
 #include <string.h>
 
+#include "common/gpu.h"
 #include "kda/internal.h"
 
 static kl_status check_float32(const kda_problem *p, const char *name)
@@ -151,6 +152,7 @@ static kl_status run_cuda_persistent(kl_ctx *ctx, const void *problem, void *wor
 {
     KL_TRY(kda_validate(ctx, problem));
     KL_TRY(check_cuda_persistent(problem, KL_FORWARD));
+    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_persistent"));
     return kda_cuda_persistent_forward(ctx, problem, workspace, bytes);
 }
 #endif
@@ -202,11 +204,24 @@ const kl_variant *kda_pick(kl_device device, const char *name, const kda_problem
     return fits || !recurrent || kl_failed(recurrent->check(p, pass)) ? chunk : recurrent;
 }
 
+/* kda_pick, but the recurrence where the chunk form takes more shared memory than the device has. */
+static const kl_variant *pick_on(const kl_ctx *ctx, const kda_problem *p, kl_pass pass)
+{
+    const kl_variant *v = kda_pick(ctx->device, NULL, p, pass);
+#ifdef KL_HAVE_CUDA
+    const kl_variant *recurrent = find(ctx->device, "recurrent");
+    bool small = ctx->device == KL_CUDA && !ctx->hopper && pass == KL_FORWARD && kda_cuda_two_pass_shared(p) > ctx->shared_most;
+    if (small && !kl_failed(recurrent->check(p, pass)))
+        return recurrent;
+#endif
+    return v;
+}
+
 static kl_status pick(const kl_ctx *ctx, const kda_problem *p, kl_pass pass, const kl_variant **v)
 {
     KL_REQUIRE(ctx, "kda: ctx: expected a context, got NULL");
     KL_TRY(kda_validate(ctx, p));
-    *v = kda_pick(ctx->device, NULL, p, pass);
+    *v = pick_on(ctx, p, pass);
     return *v ? kl_ok() : kl_error(KL_EDEVICE, "kda: device: no variant for %s", kl_device_name(ctx->device));
 }
 
@@ -214,7 +229,7 @@ size_t kda_workspace(const kl_ctx *ctx, const kda_problem *p, kl_pass pass)
 {
     if (!ctx || kl_failed(kda_validate(NULL, p)))
         return 0;
-    const kl_variant *v = kda_pick(ctx->device, NULL, p, pass);
+    const kl_variant *v = pick_on(ctx, p, pass);
     return v ? v->workspace(ctx, p, pass) : 0;
 }
 

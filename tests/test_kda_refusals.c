@@ -248,13 +248,59 @@ static void a_device_that_is_too_old_is_named_and_the_cpu_offered(void **state)
 {
     NEEDS_DEVICE();
     kl_ctx *old;
-    expect_error(kl_gpu_check_capability(0, 75), KL_EDEVICE, "expected compute capability 9.0 or newer, got 7.5 of cuda:0; use --device cpu");
+    const int archs[] = {800, 900};
+    bool hopper;
+    expect_error(kl_gpu_check_capability(0, 75, archs, 2, &hopper), KL_EDEVICE, "expected compute capability 8.0 or newer, got 7.5 of cuda:0; use --device cpu");
+    expect_error(kl_gpu_check_capability(0, 75, archs + 1, 1, &hopper), KL_EDEVICE, "expected compute capability 8.0 or newer, got 7.5 of cuda:0; use --device cpu");
+    expect_error(kl_gpu_check_capability(0, 100, archs + 1, 1, &hopper), KL_EDEVICE, "expected compute capability 9.0, all that this build has code for");
+    const int capabilities[] = {80, 86, 90, 100, 120};
+    for (int i = 0; i < 5; i++) {
+        assert_ok(kl_gpu_check_capability(0, capabilities[i], archs, 2, &hopper));
+        assert_int_equal(hopper, capabilities[i] == 90);
+    }
+    assert_ok(kl_gpu_check_capability(0, 90, archs, 1, &hopper));
+    assert_false(hopper);
     expect_error(kl_ctx_create(&old, &(kl_ctx_options){.device = KL_CUDA, .device_index = 999}), KL_EDEVICE, "cuda:999");
     if (!kl_gpu_emulated())
         return;
-    kl_gpu_emulate(80, (size_t)4 << 30, true);
+    kl_gpu_emulate(75, (size_t)4 << 30, true);
     expect_error(kl_ctx_create(&old, &(kl_ctx_options){.device = KL_CUDA}), KL_EDEVICE, "use --device cpu");
     assert_null(old);
+    kl_gpu_emulate(90, (size_t)4 << 30, true);
+}
+
+static const kl_variant *on_cuda(const char *name)
+{
+    int count;
+    const kl_variant *v = kda_variants(&count);
+    for (int i = 0; i < count; i++)
+        if (v[i].device == KL_CUDA && strcmp(v[i].name, name) == 0)
+            return &v[i];
+    fail_msg("no variant %s", name);
+    return NULL;
+}
+
+/* Where shared memory is short the dispatch takes the recurrence; what nothing else can do is refused, as are Hopper's own forms. */
+static void a_device_without_hoppers_means_gets_what_fits(void **state)
+{
+    NEEDS_DEVICE();
+    if (!kl_gpu_emulated())
+        skip();
+    const struct device { int capability; int64_t widest; } devices[] = {{80, 128}, {86, 64}, {100, 256}};
+    kda_problem p = good();
+    for (int i = 0; i < 3; i++) {
+        kl_ctx *other;
+        kl_gpu_emulate(devices[i].capability, (size_t)4 << 30, true);
+        assert_ok(kl_ctx_create(&other, &(kl_ctx_options){.device = KL_CUDA}));
+        for (int64_t K = 64; K <= 256; K *= 2) {
+            p.K = p.V = p.G = K;
+            const kl_variant *v = on_cuda(K <= devices[i].widest ? "chunk" : "recurrent");
+            assert_int_equal(kda_workspace(other, &p, KL_FORWARD), v->workspace(other, &p, KL_FORWARD));
+        }
+        p = good();
+        expect_error(on_cuda("chunk_persistent")->forward(other, &p, workspace, room), KL_EUNSUPPORTED, "chunk_persistent: device: expected compute capability 9.0");
+        kl_ctx_destroy(other);
+    }
     kl_gpu_emulate(90, (size_t)4 << 30, true);
 }
 
@@ -296,6 +342,7 @@ int main(void)
         cmocka_unit_test(dispatch_picks_what_offers_the_problem),
         cmocka_unit_test(workspaces_of_long_problems_are_counted_not_wrapped),
         cmocka_unit_test(a_device_that_is_too_old_is_named_and_the_cpu_offered),
+        cmocka_unit_test(a_device_without_hoppers_means_gets_what_fits),
         cmocka_unit_test(a_full_device_says_so_and_keeps_nothing),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);

@@ -31,6 +31,7 @@ template <int KP> __device__ void ask_for(const kda_bwd_args &a, const head_tile
         }
         if (!first)
             kl_bulk_load(shared + room::T, a.tile + w.slot * tile::bytes + tile::T, KDA_SMALL_BYTES, bar);
+        kl_bulk_issued(bar);
     }
     const uint16_t *d_o = a.d_o ? a.d_o + w.rows.token * a.o_stride + (int64_t)w.hv * a.V + first : nullptr;
     for (int p = (int)threadIdx.x / 32; p < panels; p += KP / 16)

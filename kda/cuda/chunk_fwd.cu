@@ -15,6 +15,7 @@ template <int KP> __device__ __forceinline__ void load_tiles(two_pass_ring<KP> &
         kda_ring_reserve(m, i);
         kl_bulk_load(m.slot[i % two_pass_ring<KP>::SLOTS], tiles + (size_t)((path.place.tile + i) * p.HV + path.head) * BYTES, BYTES,
                      &m.full[i % two_pass_ring<KP>::SLOTS]);
+        kl_bulk_issued(&m.full[i % two_pass_ring<KP>::SLOTS]);
     }
 }
 
@@ -73,6 +74,13 @@ kda_walk kda_walk_of(const kda_problem *p, const void *table)
     w.v_aligned = (uintptr_t)p->v % 16 == 0 && w.v_stride % 8 == 0 && p->V % 8 == 0;
     w.o_aligned = (uintptr_t)p->o % 16 == 0 && w.o_stride % 8 == 0 && p->V % 8 == 0;
     return w;
+}
+
+/* Bytes a block of the walk, the larger of the two kernels. */
+size_t kda_cuda_two_pass_shared(const kda_problem *p)
+{
+    int KP = kda_padded(p->K);
+    return KP == 64 ? sizeof(two_pass_ring<64>) : KP == 128 ? sizeof(two_pass_ring<128>) : sizeof(two_pass_ring<256>);
 }
 
 size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)

@@ -274,6 +274,7 @@ template <int KP> __device__ __forceinline__ void load_tiles(const dplr_view &p,
         if (kl_lane() == 0) {
             kl_mbar_expect(full + s, tile::bytes);
             kl_bulk_load(stage, p.tiles + ((w.place.tile + i) * p.H + w.h) * tile::bytes, tile::bytes, full + s);
+            kl_bulk_issued(full + s);
         }
         __syncwarp();
         int64_t left = w.place.length - 32 * i;

@@ -279,6 +279,7 @@ template <int KP, bool forward> __device__ void walk_feed(const kda_bwd_args &a,
         kl_mbar_expect(&full[s], bytes);
         int64_t number = w.sequence.tile + (forward ? i : tiles - 1 - i);
         kl_bulk_load(shared + s * room::stage, a.tile + kda_bwd_slot(a, number, w.mine) * tile::bytes + from, bytes, &full[s]);
+        kl_bulk_issued(&full[s]);
         if (++s == room::stages) {
             s = 0;
             phase ^= 1;
