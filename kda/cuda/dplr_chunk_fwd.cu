@@ -70,7 +70,7 @@ template <int KP> __global__ void __launch_bounds__(WALK_THREADS) walk(const __g
     if (threadIdx.x == 0) {
         for (int s = 0; s < L::stages; s++) {
             kl_mbar_init(full + s, 33);
-            kl_mbar_init(empty + s, 2 * GROUPS);
+            kl_mbar_init(empty + s, 2 * GROUPS * 32);
         }
         kl_mbar_init_fence();
     }

@@ -32,14 +32,6 @@ struct walker {
 __device__ __forceinline__ int full_id(int group, int buffer) { return 1 + 4 * group + 2 * buffer; }
 __device__ __forceinline__ int empty_id(int group, int buffer) { return full_id(group, buffer) + 1; }
 
-/* The stage may be filled again, as far as this warp goes. */
-__device__ __forceinline__ void leave_stage(uint64_t *empty)
-{
-    __syncwarp();
-    if (kl_lane() == 0)
-        kl_mbar_arrive(empty);
-}
-
 /* Byte offset of a 16-byte piece of a token's 32 columns of v. */
 __device__ __forceinline__ int value_at(int token, int piece) { return token * COLUMNS * 2 + 16 * (piece ^ (token >> 1 & 3)); }
 
@@ -160,7 +152,7 @@ template <int KP> __device__ __forceinline__ void walk_state(const dplr_view &p,
         }
         kl_barrier_arrive(full_id(group, buffer), 64);
         add_outer<KP>(S, u, stage + tile::bg);
-        leave_stage(empty + s);
+        kl_mbar_arrive(empty + s);
     }
     for (int64_t i = w.place.tiles < 2 ? 0 : w.place.tiles - 2; i < w.place.tiles; i++)
         kl_barrier(empty_id(group, (int)(i & 1)), 64);
@@ -224,7 +216,7 @@ template <int KP> __device__ __forceinline__ void walk_output(const dplr_view &p
         }
         multiply_triangle(o, u, stage + tile::Aqb);
         kl_barrier_arrive(empty_id(group, buffer), 64);
-        leave_stage(empty + s);
+        kl_mbar_arrive(empty + s);
 
         for (int half = 0; half < 2; half++) {
             uint32_t r[4] = {kl_pack_bf16(o[2 * half][0], o[2 * half][1]), kl_pack_bf16(o[2 * half][2], o[2 * half][3]),

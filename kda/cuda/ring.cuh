@@ -19,6 +19,7 @@ enum { KDA_V_TILES = 4, KDA_COLUMNS = 16 }; /* tiles of v on their way; columns 
 template <int KP_, int WARPS_, int SLOTS_, int BLOCKS_> struct kda_ring {
     static constexpr int KP = KP_, WARPS = WARPS_, SLOTS = SLOTS_, BLOCKS = BLOCKS_;
     static constexpr int SETS = (SLOTS + BLOCKS - 1) / BLOCKS, PERIOD = BLOCKS * SETS;
+    static constexpr int LANES = BLOCKS == 1 ? 32 : 1; /* of a warp that arrive for it: each for itself, or, as clusters save arrivals, one for all */
 
     unsigned char slot[SLOTS][kda_tile<KP>::bytes];
     struct {
@@ -36,21 +37,21 @@ template <class Ring> __device__ __forceinline__ void kda_ring_init(Ring &r)
     for (int i = 0; i < Ring::SLOTS; i++)
         kl_mbar_init(&r.full[i], 1);
     for (int i = 0; i < Ring::SETS; i++)
-        kl_mbar_init(&r.empty[i], 2 * Ring::WARPS * Ring::BLOCKS);
+        kl_mbar_init(&r.empty[i], 2 * Ring::LANES * Ring::WARPS * Ring::BLOCKS);
     for (int w = 0; w < Ring::WARPS; w++) {
         for (int i = 0; i < 2; i++) {
-            kl_mbar_init(&r.column[w].given[i], 2);
-            kl_mbar_init(&r.column[w].handed[i], 1);
+            kl_mbar_init(&r.column[w].given[i], 2 * Ring::LANES);
+            kl_mbar_init(&r.column[w].handed[i], Ring::LANES);
         }
-        kl_mbar_init(&r.column[w].written, 1);
-        kl_mbar_init(&r.column[w].read, 1);
+        kl_mbar_init(&r.column[w].written, Ring::LANES);
+        kl_mbar_init(&r.column[w].read, Ring::LANES);
     }
     kl_mbar_init_fence();
     for (int i = 0; i < Ring::SLOTS; i++)
         kl_mbar_expect(&r.full[i], kda_tile<Ring::KP>::bytes);
     for (int w = 0; w < Ring::WARPS; w++)
-        for (int i = 0; i < 2; i++)
-            kl_mbar_arrive(&r.column[w].given[i]); /* nothing to read before tiles 0 and 1 */
+        for (int i = 0; i < 2 * Ring::LANES; i++)
+            kl_mbar_arrive(&r.column[w].given[i & 1]); /* nothing to read before tiles 0 and 1 */
 }
 
 /* Producer: until slot n % SLOTS is free in every block. */
@@ -72,11 +73,27 @@ template <class Ring> __device__ __forceinline__ void kda_ring_rearm(Ring &r, in
     kl_mbar_expect(&r.full[n % Ring::SLOTS], kda_tile<Ring::KP>::bytes);
 }
 
-/* Consumer, one thread, after its warp met: done with tile n. */
+/* A warp arrives at a barrier of its block. */
+template <class Ring> __device__ __forceinline__ void kda_ring_arrive(Ring &, uint64_t *bar)
+{
+    if (Ring::LANES == 1)
+        __syncwarp();
+    if (Ring::LANES == 32 || kl_lane() == 0)
+        kl_mbar_arrive(bar);
+}
+
+/* Consumer warp: done with tile n. */
 template <class Ring> __device__ __forceinline__ void kda_ring_release(Ring &r, int n)
 {
     int next = n + Ring::SLOTS;
-    kl_mbar_arrive_at(&r.empty[next / Ring::BLOCKS % Ring::SETS], next % Ring::BLOCKS);
+    uint64_t *bar = &r.empty[next / Ring::BLOCKS % Ring::SETS];
+    if (Ring::BLOCKS == 1) {
+        kda_ring_arrive(r, bar);
+        return;
+    }
+    __syncwarp();
+    if (kl_lane() == 0)
+        kl_mbar_arrive_at(bar, next % Ring::BLOCKS);
 }
 
 #endif

@@ -246,9 +246,9 @@ __device__ void walk_columns(const kda_bwd_args &a, const walk_place &w, unsigne
         for (int j = 0; j < 2; j++)
             kl_stmatrix4_trans(out + kda_panel_at(16 * j + kda_across_row(lane), kda_across_piece(lane)), r[j]);
         kl_fence_async_shared();
+        kl_mbar_arrive(&empty[s]);
         __syncwarp();
         if (lane == 0) {
-            kl_mbar_arrive(&empty[s]);
             int64_t slot = kda_bwd_slot(a, w.sequence.tile + number(i), w.mine);
             kl_bulk_store(kda_bwd_state(a, KP, slot, !forward) + w.panel * room::state, kept, room::state);
             kl_bulk_store(kda_bwd_panel(a, slot, !forward) + w.panel * KDA_PANEL_BYTES, out, KDA_PANEL_BYTES);
@@ -310,7 +310,7 @@ template <int KP> __global__ void __launch_bounds__(160) walk_bwd(const __grid_c
     if (threadIdx.x == 0) {
         for (int s = 0; s < room::stages; s++) {
             kl_mbar_init(&full[s], 1);
-            kl_mbar_init(&empty[s], workers);
+            kl_mbar_init(&empty[s], 32 * workers);
         }
         kl_mbar_init_fence();
     }
