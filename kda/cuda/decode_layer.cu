@@ -1,51 +1,60 @@
 /* The decode step in one launch: a block takes one head of one sequence through everything. Thread c owns channel c of q, k
- * and v for the convolutions and the gate; then each of four warps owns 32 columns of the state. */
-#include "kda/cuda/strip.cuh"
+ * and v for the convolutions and the gate, as far as there are channels; the block holds the state. */
+#include "kda/cuda/head.cuh"
 #include "kda/internal.h"
 
 namespace {
 
-enum { DIM = 128, TAPS = 4, WIDTH = 32 };
+enum { DIM = KDA_HEAD, TAPS = 4, THREADS = 32 * KDA_HEAD_WARPS };
 
-struct shared_memory {
+template <class Head> struct shared_memory {
     kda_token<DIM> token[2];
-    float v[2][DIM], square[2][4]; /* square: sums of o^2, one a warp */
+    alignas(16) float v[2][DIM];
+    float square[2][KDA_HEAD_WARPS]; /* sums of o^2, one a warp */
+    typename Head::shared between;
 };
 
-/* One channel of one of q, k, v: its taps, right-aligned, and the inputs before the next token. */
+/* One channel of one of q, k, v: the inputs before the next token, right-aligned like its taps. What is absent of TAPS is fetched
+ * from where something is, so that all loads are under way at once. */
 struct channel {
-    float w[TAPS], x[TAPS - 1];
+    float x[TAPS - 1];
+    int64_t at; /* of the channel, among all of its kind */
+    int which, absent;
 
-    __device__ __forceinline__ void open(const kda_decode_problem &p, int which, int64_t slot, int64_t d, int64_t D)
+    __device__ __forceinline__ channel(const kda_decode_problem &p, int which, int64_t tail, int64_t at) : at(at), which(which), absent(TAPS - (int)p.W)
     {
-        int absent = TAPS - (int)p.W;
-#pragma unroll
-        for (int j = 0; j < TAPS; j++)
-            w[j] = j >= absent ? kda_weight(p.weight[which], d * p.W + j - absent, p.weight_dtype) : 0.0f;
+        bool bf16 = p.tail_dtype == KL_BF16;
+        uint32_t bits[TAPS - 1];
 #pragma unroll
         for (int m = 0; m < TAPS - 1; m++)
-            x[m] = m >= absent ? kda_number(p.tail[which], (slot * D + d) * (p.W - 1) + m - absent, p.tail_dtype == KL_BF16) : 0.0f;
+            bits[m] = p.W > 1 ? kda_fetch(p.tail[which], tail * (p.W - 1) + max(m - absent, 0), bf16) : 0;
+#pragma unroll
+        for (int m = 0; m < TAPS - 1; m++)
+            x[m] = m >= absent ? kda_fetched(bits[m], bf16) : 0.0f;
     }
     /* z = sum_j weight[j] x[j];  z sigmoid(z) */
-    __device__ __forceinline__ float next(float now)
+    __device__ __forceinline__ float next(const kda_decode_problem &p, uint32_t now)
     {
-        float z = w[TAPS - 1] * now;
+        uint32_t bits[TAPS];
 #pragma unroll
-        for (int j = 0; j < TAPS - 1; j++)
-            z += w[j] * x[j];
+        for (int j = 0; j < TAPS; j++)
+            bits[j] = kda_fetch(p.weight[which], at * p.W + max(j - absent, 0), p.weight_dtype != KL_F32);
+        float z = 0.0f, input = kda_fetched(now, p.kda.dtype == KL_BF16);
+#pragma unroll
+        for (int j = 0; j < TAPS; j++)
+            z += (j >= absent ? kda_weight_fetched(bits[j], p.weight_dtype) : 0.0f) * (j < TAPS - 1 ? x[j] : input);
 #pragma unroll
         for (int m = 0; m < TAPS - 2; m++)
             x[m] = x[m + 1];
-        x[TAPS - 2] = now;
+        x[TAPS - 2] = input;
         return z * kda_sigmoid_fast(z);
     }
-    __device__ __forceinline__ void close(const kda_decode_problem &p, int which, int64_t slot, int64_t d, int64_t D) const
+    __device__ __forceinline__ void close(const kda_decode_problem &p, int64_t tail) const
     {
-        int absent = TAPS - (int)p.W;
 #pragma unroll
         for (int m = 0; m < TAPS - 1; m++)
             if (m >= absent)
-                kda_put_number(p.tail[which], (slot * D + d) * (p.W - 1) + m - absent, p.tail_dtype == KL_BF16, x[m]);
+                kda_put_number(p.tail[which], tail * (p.W - 1) + m - absent, p.tail_dtype == KL_BF16, x[m]);
     }
 };
 
@@ -59,25 +68,25 @@ __device__ __forceinline__ float gated(const kda_decode_problem &p, float o, flo
     return y * (p.output_gate == KDA_OUT_SWISH ? z * up : up);
 }
 
-template <bool VK> __global__ void __launch_bounds__(DIM, 2) decode(const __grid_constant__ kda_decode_problem p)
+template <bool VK> __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constant__ kda_decode_problem p)
 {
+    using Head = typename kda_head_of<VK>::type;
     KL_SHARED(memory);
-    shared_memory &m = *(shared_memory *)memory;
+    shared_memory<Head> &m = *(shared_memory<Head> *)memory;
     const kda_problem &k = p.kda;
     kl_grid_release();
     kl_grid_wait();
-    int c = (int)threadIdx.x, warp = c / 32;
+    bool lower = threadIdx.x < DIM;
+    int c = (int)threadIdx.x % DIM, warp = (int)threadIdx.x / 32, mine = VK ? warp * KDA_HEAD_ROWS : 0;
     int64_t n = blockIdx.x / (unsigned)k.H, h = blockIdx.x % (unsigned)k.H, d = h * DIM + c, D = k.H * DIM;
     int64_t slot = k.state_index ? k.state_index[n] : n;
     if (slot < 0 || slot >= k.state_pool)
         return;
     float *state = (float *)k.ht + (slot * k.H + h) * (DIM * DIM);
-    kda_strip<DIM, VK, WIDTH> strip(DIM, DIM, warp * WIDTH);
-    strip.load(state, true);
-    channel q, key, v;
-    q.open(p, 0, slot, d, D);
-    key.open(p, 1, slot, d, D);
-    v.open(p, 2, slot, d, D);
+    Head head(DIM, DIM, mine);
+    for (int line = (int)threadIdx.x; line < DIM * DIM / 32; line += THREADS)
+        kl_prefetch(state + 32 * line);
+    channel x(p, lower ? 0 : 1, slot * D + d, d), v(p, lower ? 2 : 1, slot * D + d, d);
     bool bf16 = k.dtype == KL_BF16, activated = k.gate != KDA_GATE_LOG;
     int64_t gate = k.G ? h * k.G + c / (DIM / (int)k.G) : 0;
     float eA = activated ? expf(k.A_log[h]) : 0.0f, bias = k.dt_bias ? k.dt_bias[gate] : 0.0f;
@@ -85,28 +94,37 @@ template <bool VK> __global__ void __launch_bounds__(DIM, 2) decode(const __grid
     for (int64_t i = 0; i < k.T; i++) {
         int64_t t = n * k.T + i;
         kda_token<DIM> &token = m.token[i & 1];
-        token.q[c] = q.next(kda_number(k.q, t * k.q_stride + d, bf16));
-        token.k[c] = key.next(kda_number(k.k, t * k.k_stride + d, bf16));
-        m.v[i & 1][c] = v.next(kda_number(k.v, t * k.v_stride + d, bf16));
-        token.decay[c] = k.G ? expf(kda_log_decay(k.gate, eA, k.lower_bound, kda_number(k.g, t * k.g_stride + gate, bf16) + bias)) : 1.0f;
+        (lower ? token.q : token.k)[c] = x.next(p, kda_fetch(lower ? k.q : k.k, t * (lower ? k.q_stride : k.k_stride) + d, bf16));
+        if (lower)
+            m.v[i & 1][c] = v.next(p, kda_fetch(k.v, t * k.v_stride + d, bf16));
+        else
+            token.decay[c] = k.G ? expf(kda_log_decay(k.gate, eA, k.lower_bound, kda_number(k.g, t * k.g_stride + gate, bf16) + bias)) : 1.0f;
         with.beta = kda_beta_of(k.beta_kind, kda_number(k.beta, t * k.beta_stride + h, bf16));
+        if (i + 1 == k.T) {
+            x.close(p, slot * D + d);
+            if (lower)
+                v.close(p, slot * D + d);
+        }
         __syncthreads();
-        float all[strip.columns];
-        strip.step(token, m.v[i & 1] + warp * WIDTH, with, all);
+        if (i == 0)
+            head.load(state, true);
+        float all[Head::columns];
+        head.step(token, m.v[i & 1] + mine, with, all, m.between);
         if (i + 1 == k.T)
-            strip.store(state, true);
-        float o = strip.own(all), square = kl_warp_sum(o * o);
+            head.store(state, true);
+        int column = head.own_column();
+        float o = head.own(all), square = kl_warp_sum(column >= 0 ? o * o : 0.0f);
         if (kl_lane() == 0)
             m.square[i & 1][warp] = square;
         __syncthreads();
-        const float *part = m.square[i & 1];
-        float r = rsqrtf((part[0] + part[1] + (part[2] + part[3])) / DIM + p.eps);
-        int column = warp * WIDTH + strip.own_column();
-        kda_put_number(p.y, t * D + h * DIM + column, bf16, gated(p, o, r, column, t * D + h * DIM + column));
+        float sum = 0.0f;
+        for (int w = 0; w < KDA_HEAD_WARPS; w++)
+            sum += m.square[i & 1][w];
+        if (column < 0)
+            continue;
+        int64_t at = t * D + h * DIM + mine + column;
+        kda_put_number(p.y, at, bf16, gated(p, o, rsqrtf(sum / DIM + p.eps), mine + column, at));
     }
-    q.close(p, 0, slot, d, D);
-    key.close(p, 1, slot, d, D);
-    v.close(p, 2, slot, d, D);
 }
 
 } // namespace
@@ -131,8 +149,9 @@ kl_status kda_cuda_decode(kl_ctx *ctx, const kda_decode_problem *given)
     k.state_pool = k.state_pool ? k.state_pool : k.N;
     kl_grid grid;
     grid.x = k.N * k.H;
-    grid.threads = DIM;
-    grid.shared = sizeof(shared_memory);
+    grid.threads = THREADS;
+    bool value_first = k.state_layout == KDA_STATE_VK;
+    grid.shared = value_first ? sizeof(shared_memory<kda_head_of<true>::type>) : sizeof(shared_memory<kda_head_of<false>::type>);
     grid.overlap = true;
-    return k.state_layout == KDA_STATE_VK ? kl_launch(ctx, "kda decode", grid, decode<true>, p) : kl_launch(ctx, "kda decode", grid, decode<false>, p);
+    return kl_launch(ctx, "kda decode", grid, value_first ? decode<true> : decode<false>, p);
 }

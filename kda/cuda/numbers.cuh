@@ -22,14 +22,18 @@ __device__ __forceinline__ void kda_put_number(void *x, int64_t i, bool bf16, fl
         ((float *)x)[i] = y;
 }
 
-/* A weight: F32, BF16 or F16. */
-__device__ __forceinline__ float kda_weight(const void *w, int64_t i, kl_dtype type)
+/* A weight: F32, BF16 or F16; fetched as 16 bits unless F32. */
+__device__ __forceinline__ float kda_weight_fetched(uint32_t bits, kl_dtype type)
 {
     if (type != KL_F16)
-        return kda_number(w, i, type == KL_BF16);
-    uint32_t bits = ((const uint16_t *)w)[i], size = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
+        return kda_fetched(bits, type == KL_BF16);
+    uint32_t size = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
     float x = __uint_as_float(size << 13) * 0x1p112f; /* the exponent's bias: 127 - 15 */
     return __uint_as_float(__float_as_uint(size >= 0x7c00u ? __uint_as_float(0x7f800000u | size << 13) : x) | sign);
+}
+__device__ __forceinline__ float kda_weight(const void *w, int64_t i, kl_dtype type)
+{
+    return kda_weight_fetched(kda_fetch(w, i, type != KL_F32), type);
 }
 
 /* N adjacent activations (8: one or two accesses of 16 bytes, at an address of whole ones; 1), fetched now and looked at later. */

@@ -1,17 +1,31 @@
-/* Equation 1, token by token: the decode step (T = 1), several tokens a step, prefill of few tokens. A warp owns one strip
- * of one head of one sequence: it loads the strip, walks over the tokens, stores the strip. The warps of a block share tokens. */
+/* Equation 1, token by token: the decode step (T = 1), several tokens a step, prefill of few tokens. A block owns columns of one
+ * head of one sequence: it loads them, walks over the tokens, stores them. Heads of 128 x 128 are taken whole, others in strips. */
+#include "kda/cuda/head.cuh"
 #include "kda/cuda/sequences.cuh"
-#include "kda/cuda/strip.cuh"
+
+#include <type_traits>
 
 namespace {
 
-/* How the columns of a head are shared out. [V,K]: a warp's strip is 8 whole rows of memory. [K,V]: 32 columns, pieces of 128
- * bytes; more of them in flight than registers for two blocks a multiprocessor would spill. */
-template <int K_, bool VK_> struct shape {
-    static constexpr int KP = K_, STRIP = VK_ ? 8 : KP == 128 ? 32 : 16, THREADS = VK_ ? 128 : 64, BLOCK = THREADS / 32 * STRIP;
-    static constexpr int EACH = KP / THREADS; /* channels of a thread */
+/* How the columns of a head are shared out: a strip a warp. [V,K]: 8 rows of memory. [K,V]: 32 columns, pieces of 128 bytes;
+ * more of them in flight than registers for two blocks a multiprocessor would spill. */
+template <int KP_, bool VK_> struct strips {
+    static constexpr int KP = KP_, STRIP = VK_ ? 8 : KP == 128 ? 32 : 16, THREADS = VK_ ? 128 : 64, BLOCK = THREADS / 32 * STRIP;
     static constexpr int BLOCKS = KP > 128 ? 2 : 4; /* of a multiprocessor, at least */
+    static constexpr bool known = false;            /* K = V = KP, rows at whole addresses */
+    using holder = kda_strip<KP, VK_, STRIP>;
 };
+/* Of 128 x 128, where the compiler knows every offset: in [V,K] the same strips, in [K,V] the whole head. */
+struct known_strips : strips<KDA_HEAD, true> {
+    static constexpr bool known = true;
+};
+struct whole_head {
+    static constexpr int KP = KDA_HEAD, STRIP = 0, THREADS = 32 * KDA_HEAD_WARPS, BLOCK = KDA_HEAD, BLOCKS = 2;
+    static constexpr bool known = true;
+    using holder = kda_rows;
+};
+/* Channels of a thread. */
+template <class X> constexpr int EACH = (X::KP + X::THREADS - 1) / X::THREADS;
 
 struct arguments {
     kda_problem p;       /* strides, scale, chunk and pool resolved */
@@ -23,12 +37,13 @@ struct arguments {
 
 /* What one thread fetches of a token: channels of q, k, g; a column of v. */
 template <class X> struct fetched {
-    uint32_t q[X::EACH], k[X::EACH], g[X::EACH], v, beta;
+    uint32_t q[EACH<X>], k[EACH<X>], g[EACH<X>], v, beta;
 };
 
 template <class X> struct shared_memory {
     kda_token<X::KP> token[2];
-    float v[2][X::BLOCK];
+    alignas(16) float v[2][X::BLOCK];
+    typename X::holder::shared between;
 };
 
 /* What a block owns: columns v0.. of a value head of a sequence. */
@@ -44,7 +59,7 @@ template <class X> __device__ __forceinline__ fetched<X> fetch(const arguments &
     bool bf16 = p.dtype == KL_BF16;
     int thread = (int)threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < X::EACH; i++) {
+    for (int i = 0; i < EACH<X>; i++) {
         int c = thread + X::THREADS * i;
         if (c < p.K) {
             x.q[i] = kda_fetch(p.q, t * p.q_stride + at.h * p.K + c, bf16);
@@ -60,7 +75,7 @@ template <class X> __device__ __forceinline__ fetched<X> fetch(const arguments &
 
 /* The gate's parameters of this thread's channels. */
 template <class X> struct gate_parameters {
-    float A, bias[X::EACH];
+    float A, bias[EACH<X>];
 };
 template <class X> __device__ __forceinline__ gate_parameters<X> fetch_gate(const arguments &a, const part &at)
 {
@@ -68,7 +83,7 @@ template <class X> __device__ __forceinline__ gate_parameters<X> fetch_gate(cons
     gate_parameters<X> x = {};
     x.A = p.gate != KDA_GATE_LOG ? p.A_log[at.hv] : 0.0f;
 #pragma unroll
-    for (int i = 0; i < X::EACH; i++) {
+    for (int i = 0; i < EACH<X>; i++) {
         int c = (int)threadIdx.x + X::THREADS * i;
         x.bias[i] = p.dt_bias && c < p.K ? p.dt_bias[at.hv * p.G + c / a.width] : 0.0f;
     }
@@ -81,8 +96,10 @@ __device__ __forceinline__ void publish(const kda_problem &p, const fetched<X> &
     bool bf16 = p.dtype == KL_BF16;
     float eA = expf(gate.A);
 #pragma unroll
-    for (int i = 0; i < X::EACH; i++) {
+    for (int i = 0; i < EACH<X>; i++) {
         int c = (int)threadIdx.x + X::THREADS * i;
+        if (X::KP % X::THREADS && c >= X::KP)
+            continue;
         token.q[c] = kda_fetched(x.q[i], bf16);
         token.k[c] = kda_fetched(x.k[i], bf16);
         token.decay[c] = p.G ? expf(kda_log_decay(p.gate, eA, p.lower_bound, kda_fetched(x.g[i], bf16) + gate.bias[i])) : 1.0f;
@@ -91,19 +108,19 @@ __device__ __forceinline__ void publish(const kda_problem &p, const fetched<X> &
         v[threadIdx.x] = kda_fetched(x.v, bf16);
 }
 
-template <int KP, bool VK, class S>
-__global__ void __launch_bounds__(shape<KP, VK>::THREADS, shape<KP, VK>::BLOCKS) recurrent(const __grid_constant__ arguments a)
+template <class X, class S> __global__ void __launch_bounds__(X::THREADS, X::BLOCKS) recurrent(const __grid_constant__ arguments a)
 {
-    using X = shape<KP, VK>;
     KL_SHARED(memory);
     shared_memory<X> &m = *(shared_memory<X> *)memory;
     const kda_problem &p = a.p;
-    unsigned head = blockIdx.x / (unsigned)a.blocks, HV = (unsigned)p.HV;
-    part at = {head / HV, head % HV, head % HV / (unsigned)a.group, (int)(blockIdx.x % (unsigned)a.blocks) * X::BLOCK};
+    unsigned blocks = X::known ? X::KP / X::BLOCK : (unsigned)a.blocks, head = blockIdx.x / blocks, HV = (unsigned)p.HV;
+    part at = {head / HV, head % HV, head % HV / (unsigned)a.group, (int)(blockIdx.x % blocks) * X::BLOCK};
     kl_grid_release();
     kl_grid_wait();
     kda_place here = kda_place_of(a.sequences, at.n);
-    int64_t slot = p.state_index ? p.state_index[at.n] : at.n, size = p.K * p.V, C = p.chunk;
+    int K = X::known ? X::KP : (int)p.K, V = X::known ? X::KP : (int)p.V;
+    int64_t slot = p.state_index ? p.state_index[at.n] : at.n, size = (int64_t)K * V, C = p.chunk;
+    bool vector = X::known || a.vector;
     gate_parameters<X> gate = fetch_gate<X>(a, at);
     fetched<X> next = {};
     if (here.length > 0)
@@ -111,33 +128,33 @@ __global__ void __launch_bounds__(shape<KP, VK>::THREADS, shape<KP, VK>::BLOCKS)
     if (slot < 0 || slot >= p.state_pool)
         return;
     int mine = (int)threadIdx.x / 32 * X::STRIP; /* the warp's first column of the block's */
-    kda_strip<KP, VK, X::STRIP> strip((int)p.K, (int)p.V, at.v0 + mine);
-    strip.load(p.h0 ? (const S *)p.h0 + (slot * p.HV + at.hv) * size : NULL, a.vector);
+    typename X::holder strip(K, V, at.v0 + mine);
+    strip.load(p.h0 ? (const S *)p.h0 + (slot * p.HV + at.hv) * size : NULL, vector);
 
     float *checkpoint = p.chunk_states ? p.chunk_states + (here.chunk * p.HV + at.hv) * size : NULL;
     kda_step with = {p.scale, 0.0f, p.qk_l2norm, p.no_delta};
     for (int64_t i = 0, within = 0; i < here.length; i++, within = within + 1 == C ? 0 : within + 1) {
         int64_t t = here.begin + i;
         if (checkpoint && within == 0) {
-            strip.store(checkpoint, a.vector);
+            strip.store(checkpoint, vector);
             checkpoint += p.HV * size;
         }
-        kda_token<KP> &token = m.token[i & 1];
+        kda_token<X::KP> &token = m.token[i & 1];
         float *v = m.v[i & 1], o[strip.columns];
         publish<X>(p, next, gate, token, v);
         with.beta = kda_beta_of(p.beta_kind, kda_fetched(next.beta, p.dtype == KL_BF16));
         if (i + 1 < here.length)
             next = fetch<X>(a, at, t + 1);
         __syncthreads();
-        strip.step(token, v + mine, with, o);
+        strip.step(token, v + mine, with, o, m.between);
         int column = at.v0 + mine + strip.own_column();
-        if (strip.own_column() >= 0 && column < p.V)
+        if (strip.own_column() >= 0 && column < V)
             kda_put_number(p.o, t * p.o_stride + at.hv * p.V + column, p.dtype == KL_BF16, strip.own(o));
         if (p.token_states)
-            strip.store(p.token_states + (t * p.HV + at.hv) * size, a.vector);
+            strip.store(p.token_states + (t * p.HV + at.hv) * size, vector);
     }
     if (p.ht)
-        strip.store((S *)p.ht + (slot * p.HV + at.hv) * size, a.vector);
+        strip.store((S *)p.ht + (slot * p.HV + at.hv) * size, vector);
 }
 
 /* The problem with every default resolved, and equal lengths counted: they need no table. */
@@ -172,21 +189,22 @@ bool in_quads(const kda_problem *p)
            (uintptr_t)p->token_states % 16 == 0;
 }
 
-template <int KP, bool VK, class S> kl_status launch(kl_ctx *ctx, arguments a)
+template <class X, class S> kl_status launch(kl_ctx *ctx, arguments a)
 {
-    using X = shape<KP, VK>;
     a.blocks = (int)kda_ceil(a.p.V, X::BLOCK);
     kl_grid grid;
     grid.x = a.p.N * a.p.HV * a.blocks;
     grid.threads = X::THREADS;
     grid.shared = sizeof(shared_memory<X>);
     grid.overlap = true;
-    return kl_launch(ctx, "kda recurrent", grid, recurrent<KP, VK, S>, a);
+    return kl_launch(ctx, "kda recurrent", grid, recurrent<X, S>, a);
 }
 
 template <bool VK, class S> kl_status launch_for_K(kl_ctx *ctx, const arguments &a)
 {
-    return a.p.K <= 128 ? launch<128, VK, S>(ctx, a) : launch<256, VK, S>(ctx, a);
+    if (a.p.K == KDA_HEAD && a.p.V == KDA_HEAD && a.vector)
+        return launch<std::conditional_t<VK, known_strips, whole_head>, S>(ctx, a);
+    return a.p.K <= 128 ? launch<strips<128, VK>, S>(ctx, a) : launch<strips<256, VK>, S>(ctx, a);
 }
 
 template <bool VK> kl_status launch_for_state(kl_ctx *ctx, const arguments &a)

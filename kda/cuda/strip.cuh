@@ -56,6 +56,7 @@ template <int KP, bool VK, int WIDTH> struct kda_strip {
     static constexpr int quads = KP * WIDTH / 128, in_row = VK ? KP / 32 : 1; /* quads of a lane; of these, in one row of memory */
     static constexpr int columns = VK ? WIDTH / 4 : 4;                        /* columns whose u and o a lane knows */
 
+    struct shared {};   /* warps have nothing to tell each other */
     int c, r, K, V, v0; /* v0: the strip's first column */
     float s[quads][4];
 
@@ -133,7 +134,7 @@ template <int KP, bool VK, int WIDTH> struct kda_strip {
     }
 
     /* One token: v [WIDTH] are the strip's own values; o[j] is that of column(j). */
-    __device__ __forceinline__ void step(const kda_token<KP> &x, const float *v, const kda_step &p, float o[columns])
+    __device__ __forceinline__ void step(const kda_token<KP> &x, const float *v, const kda_step &p, float o[columns], shared &)
     {
         float w[columns] = {}, y[columns] = {}, kq = 0.0f, kk = 0.0f, qq = 0.0f;
 #pragma unroll
