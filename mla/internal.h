@@ -34,9 +34,22 @@ static inline const void *mla_weight_at(const mla_problem *p, int64_t h, int64_t
     return (const char *)p->kv_b + element * kl_dtype_size(p->weight_dtype);
 }
 
+/* What mla_rope() and mla_rope_bf16() are asked. */
+typedef struct mla_rotation {
+    void *x;
+    kl_dtype dtype;
+    int64_t rows, heads, Dr, row_stride, head_stride;
+    const int64_t *position;
+    float theta;
+    bool inverse;
+} mla_rotation;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+kl_status mla_cpu_rope(kl_ctx *ctx, const mla_rotation *r);
+kl_status mla_cuda_rope(kl_ctx *ctx, const mla_rotation *r);
 
 /* mla_validate() without p->o, which a backward pass does not need. */
 kl_status mla_validate_inputs(const kl_ctx *ctx, const mla_problem *p);

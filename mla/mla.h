@@ -60,11 +60,13 @@ kl_status mla_forward(kl_ctx *ctx, const mla_problem *p, void *workspace, size_t
 /* Recomputes the forward pass it needs; p->o and p->lse are not read. */
 kl_status mla_backward(kl_ctx *ctx, const mla_problem *p, const mla_grads *g, void *workspace, size_t bytes);
 
-/* Rotary embedding for the ablation, in place: Dr contiguous floats for each of rows x heads, pairs
+/* Rotary embedding for the ablation, in place: Dr contiguous numbers for each of rows x heads, pairs
  * (i, i + Dr/2), angle position[row] theta^(-2i/Dr). inverse: rotate back, which is also the gradient.
- * row_stride, head_stride: floats. */
+ * row_stride, head_stride: elements. x and position lie where the context computes; bfloat16 on a device only. */
 kl_status mla_rope(kl_ctx *ctx, float *x, int64_t rows, int64_t heads, int64_t Dr, int64_t row_stride, int64_t head_stride,
                    const int64_t *position, float theta, bool inverse);
+kl_status mla_rope_bf16(kl_ctx *ctx, uint16_t *x, int64_t rows, int64_t heads, int64_t Dr, int64_t row_stride, int64_t head_stride,
+                        const int64_t *position, float theta, bool inverse);
 
 #ifdef __cplusplus
 }

@@ -71,6 +71,13 @@ static void the_released_heads(void **state)
     check((kl_mla_spec){.lengths = (const int64_t[]){129, 1, 64}, .N = 3, .H = 3, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128}, 1.0f, 5e-3, 8e-3);
 }
 
+/* More tiles than a block holds at a time. */
+static void tiles_come_round(void **state)
+{
+    NEEDS_DEVICE();
+    check((kl_mla_spec){.T = 420, .H = 1, .R = 64, .Dn = 128, .Dr = 64, .Dv = 128}, 1.0f, 5e-3, 8e-3);
+}
+
 static void queries_in_the_middle_of_their_keys(void **state)
 {
     NEEDS_DEVICE();
@@ -111,11 +118,45 @@ static void what_it_lacks_is_named(void **state)
     expect_error(variant->check(&bad, KL_FORWARD), KL_EUNSUPPORTED, "scale: mla chunk on cuda offers positive ones");
 }
 
+/* Queries of three heads in the middle of wider rows; the rest of a row stays as it is. */
+static void queries_are_rotated_as_on_the_cpu(void **state)
+{
+    NEEDS_DEVICE();
+    enum { ROWS = 40, HEADS = 3, DR = 16, D = 24, SIZE = ROWS * HEADS * D };
+    float x[SIZE], got[SIZE];
+    uint16_t bf16[SIZE];
+    int64_t position[ROWS], *positions;
+    void *there;
+    for (int i = 0; i < SIZE; i++)
+        x[i] = kl_bf16_to_f32(bf16[i] = kl_f32_to_bf16((float)(i % 37) / 16.0f - 1.0f));
+    for (int t = 0; t < ROWS; t++)
+        position[t] = 100003 * t;
+    assert_ok(kl_gpu_alloc(ctx, &there, sizeof x));
+    assert_ok(kl_gpu_alloc(ctx, (void **)&positions, sizeof position));
+    assert_ok(kl_gpu_copy(ctx, positions, position, sizeof position));
+    for (int inverse = 0; inverse < 2; inverse++) {
+        assert_ok(kl_gpu_copy(ctx, there, x, sizeof x));
+        assert_ok(mla_rope(ctx, (float *)there + D - DR, ROWS, HEADS, DR, HEADS * D, D, positions, 10000.0f, inverse));
+        assert_ok(kl_gpu_copy(ctx, got, there, sizeof x));
+        assert_ok(kl_gpu_copy(ctx, there, bf16, sizeof bf16));
+        assert_ok(mla_rope_bf16(ctx, (uint16_t *)there + D - DR, ROWS, HEADS, DR, HEADS * D, D, positions, 10000.0f, inverse));
+        assert_ok(kl_gpu_copy(ctx, bf16, there, sizeof bf16));
+        assert_ok(mla_rope(host, x + D - DR, ROWS, HEADS, DR, HEADS * D, D, position, 10000.0f, inverse));
+        assert_true(kl_within(kl_rel_err_f32(got, x, SIZE), 1e-6));
+        kl_to_f32(got, bf16, KL_BF16, SIZE);
+        assert_true(kl_within(kl_rel_err_f32(got, x, SIZE), 4e-3));
+    }
+    expect_error(mla_rope_bf16(host, bf16, 1, 1, 2, 2, 2, position, 1.0f, false), KL_EINVAL, "dtype: expected float32 on the cpu");
+    kl_gpu_free(ctx, there);
+    kl_gpu_free(ctx, positions);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_released_heads),       cmocka_unit_test(queries_in_the_middle_of_their_keys), cmocka_unit_test(smaller_heads_are_padded),
-        cmocka_unit_test(large_logits_stay_finite), cmocka_unit_test(what_it_lacks_is_named),
+        cmocka_unit_test(the_released_heads),       cmocka_unit_test(tiles_come_round),
+        cmocka_unit_test(queries_in_the_middle_of_their_keys), cmocka_unit_test(smaller_heads_are_padded),
+        cmocka_unit_test(large_logits_stay_finite), cmocka_unit_test(what_it_lacks_is_named),              cmocka_unit_test(queries_are_rotated_as_on_the_cpu),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

@@ -1,4 +1,4 @@
-/* The chunk backward for keys and values: a block's 64 keys against the queries that see them, 128 at a time, everything transposed so that
+/* The chunk backward for keys and values: a block's 64 keys against the queries that see them, 64 at a time, everything transposed so that
  * P and dS are operands where they are made.
  *
  *     p_ij = 2^(c s_ij - lse2_i)      dv_j = sum_i p_ij do_i      ds_ij = p_ij (do_i . v_j - delta_i)      dk_j = scale sum_i ds_ij q_i
@@ -11,7 +11,7 @@
 namespace {
 
 enum { GROUPS = 2, GROUP = 128, THREADS = (GROUPS + 1) * GROUP, COMPUTING = 240, LOADING = 24 };
-enum { QUERIES = 128, STAGES = 2, DK = MLA_DN + MLA_DR };
+enum { QUERIES = 64, STAGES = 4, DK = MLA_DN + MLA_DR };
 enum { P_READY = 1, P_TAKEN }; /* barriers */
 
 struct arguments {
@@ -38,6 +38,7 @@ struct shared {
     uint64_t k_full, k_empty, full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(shared) <= 232448, "a block has 227 KB");
+static_assert(STAGES >= 3, "the next tile is waited for before the last one is released");
 
 /* Query i sees the keys up to first + i. Tiles of queries begin .. end-1 see some of the block's keys, those from `whole` on all. */
 struct stretch {

@@ -32,6 +32,7 @@ struct shared {
     uint64_t q_full, q_empty, full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(shared) <= 232448, "a block has 227 KB");
+static_assert(STAGES >= 3, "the next tile is waited for before the last one is released");
 
 struct stretch {
     int first, rows, tiles, whole; /* query i sees the keys up to first + i; tiles that anyone sees, that all see entirely */
