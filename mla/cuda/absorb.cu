@@ -4,7 +4,7 @@
 
 namespace {
 
-enum { THREADS = 128, WARPS = THREADS / 32, SLICE = 64, PITCH = SLICE + 8 };
+enum { THREADS = 128, WARPS = THREADS / 32, SLICE = 64, SLICES = MLA_R / SLICE, TOKENS = 16 /* of a product */ };
 
 struct ends {
     const uint16_t *q, *kv_b, *a;
@@ -14,47 +14,65 @@ struct ends {
     float scale;
 };
 
-__device__ __forceinline__ uint32_t pair_at(const uint16_t *x, bool there) { return there ? *(const uint32_t *)x : 0u; }
-
 /* ---- absorb: a block takes 64 columns of one head for 16 TILES tokens, a warp 16 of them ---- */
 
-struct absorb_room {
-    alignas(128) uint16_t w[MLA_MOST_DN * PITCH];
-};
+enum { W_PITCH = SLICE + 8 };
 
-__device__ __forceinline__ void load_weights(const ends &p, uint16_t *w, int h, int column)
+/* Weights [Dn,W_PITCH], then queries [16 TILES, Dn + 8], with Dn rounded up to a multiple of 16. */
+__host__ __device__ __forceinline__ int rounded(int Dn) { return (Dn + 15) / 16 * 16; }
+__host__ __device__ __forceinline__ size_t absorb_bytes(int Dn, int tokens) { return 2 * ((size_t)rounded(Dn) * W_PITCH + (size_t)tokens * (rounded(Dn) + 8)); }
+
+/* Zeros beyond Dn and beyond the last token. */
+template <int TILES> __device__ __forceinline__ void load_absorb(const ends &p, uint16_t *to_w, uint16_t *to_q, int h, int column, int first)
 {
-    const uint16_t *from = p.kv_b + (int64_t)h * (p.Dn + p.Dv) * MLA_R + column;
-    int rows = (p.Dn + 15) / 16 * 16;
+    const uint16_t *w = p.kv_b + (int64_t)h * (p.Dn + p.Dv) * MLA_R + column, *q = p.q + h * (p.Dn + MLA_DR);
+    int rows = rounded(p.Dn), tokens = min(p.tokens - first, TILES * TOKENS);
     for (int i = (int)threadIdx.x; i < rows * (SLICE / 8); i += THREADS) {
         int d = i / (SLICE / 8), c = i % (SLICE / 8) * 8;
-        kl_copy16(w + d * PITCH + c, from + (int64_t)(d < p.Dn ? d : 0) * MLA_R + c, d < p.Dn);
+        kl_copy16(to_w + d * W_PITCH + c, w + (int64_t)(d < p.Dn ? d : 0) * MLA_R + c, d < p.Dn);
     }
+    /* A token's row by 8 threads. */
+    for (int token = (int)threadIdx.x / 8; token < (tokens + TOKENS - 1) / TOKENS * TOKENS; token += THREADS / 8)
+        for (int c = (int)threadIdx.x % 8 * 8; c < rows; c += 64) {
+            bool there = token < tokens && c < p.Dn;
+            kl_copy16(to_q + token * (rows + 8) + c, q + (there ? (first + token) * p.q_stride + c : 0), there);
+        }
     kl_copy_commit();
+}
+
+/* The part without expansion: a slice passes 8 of its columns on. */
+template <int TILES> __device__ __forceinline__ void pass_on(const ends &p, int h, int slice, int first)
+{
+    static_assert(MLA_DR == 8 * SLICES, "16 bytes a slice and token");
+    int token = first + (int)threadIdx.x;
+    if ((int)threadIdx.x >= TILES * TOKENS || token >= p.tokens)
+        return;
+    uint4 x = *(const uint4 *)(p.q + token * p.q_stride + h * (p.Dn + MLA_DR) + p.Dn + 8 * slice);
+    uint32_t *all = &x.x;
+    for (int i = 0; i < 4; i++)
+        all[i] = kl_pack_bf16(kl_bf16_low(all[i]) * p.scale, kl_bf16_high(all[i]) * p.scale);
+    *(uint4 *)(p.rows + ((int64_t)token * p.H + h) * MLA_WIDTH + MLA_R + 8 * slice) = x;
 }
 
 template <int TILES> __global__ void __launch_bounds__(THREADS) absorb(const __grid_constant__ ends p)
 {
     KL_SHARED(memory);
-    uint16_t *w = ((absorb_room *)memory)->w;
-    int slice = (int)(blockIdx.x % (MLA_R / SLICE)), h = (int)(blockIdx.x / (MLA_R / SLICE)) % p.H;
-    int first = (int)(blockIdx.x / (MLA_R / SLICE)) / p.H * 16 * TILES, lane = kl_lane(), g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / 32;
-    load_weights(p, w, h, slice * SLICE);
-    kl_grid_wait();
+    int slice = (int)(blockIdx.x % SLICES), h = (int)(blockIdx.x / SLICES) % p.H, first = (int)(blockIdx.x / SLICES) / p.H * TOKENS * TILES;
+    int lane = kl_lane(), g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / 32, pitch = rounded(p.Dn) + 8;
+    uint16_t *w = (uint16_t *)memory, *q = w + rounded(p.Dn) * W_PITCH;
     kl_grid_release();
+    load_absorb<TILES>(p, w, q, h, slice * SLICE, first);
+    pass_on<TILES>(p, h, slice, first);
     kl_copy_wait<0>();
     __syncthreads();
-    int head = p.Dn + MLA_DR;
-    const uint16_t *wk = w + (lane % 16) * PITCH + warp * 16 + lane / 16 * 8;
-    for (int token = first; token < p.tokens && token < first + 16 * TILES; token += 16) {
-        const uint16_t *q = p.q + (token + g) * p.q_stride + h * head;
-        bool low = token + g < p.tokens, high = token + g + 8 < p.tokens;
+    w += lane % 16 * W_PITCH + warp * 16 + lane / 16 * 8;
+    q += lane % 16 * pitch + lane / 16 * 8;
+    for (int token = first; token < p.tokens && token < first + TOKENS * TILES; token += TOKENS) {
         float c[2][4] = {};
         for (int k = 0; k < p.Dn; k += 16) {
-            bool whole = k + 8 < p.Dn;
-            const uint16_t *x = q + k + 2 * t, *y = x + 8 * p.q_stride;
-            uint32_t a[4] = {pair_at(x, low), pair_at(y, high), pair_at(x + 8, low && whole), pair_at(y + 8, high && whole)}, b[4];
-            kl_ldmatrix4_trans(b, wk + k * PITCH);
+            uint32_t a[4], b[4];
+            kl_ldmatrix4(a, q + (token - first) * pitch + k);
+            kl_ldmatrix4_trans(b, w + k * W_PITCH);
             kl_mma(c[0], a, b);
             kl_mma(c[1], a, b + 2);
         }
@@ -65,51 +83,59 @@ template <int TILES> __global__ void __launch_bounds__(THREADS) absorb(const __g
             if (row < p.tokens)
                 *(uint32_t *)out = kl_pack_bf16(from[0] * p.scale, from[1] * p.scale);
         }
-        /* The part without expansion, a slice's share each: 8 columns. */
-        for (int i = (int)threadIdx.x; i < 16 * 4; i += THREADS) {
-            int row = token + i / 4, column = slice * (MLA_DR / (MLA_R / SLICE)) + i % 4 * 2;
-            if (row >= p.tokens)
-                continue;
-            uint32_t x = *(const uint32_t *)(p.q + row * p.q_stride + h * head + p.Dn + column);
-            *(uint32_t *)(p.rows + ((int64_t)row * p.H + h) * MLA_WIDTH + MLA_R + column) = kl_pack_bf16(kl_bf16_low(x) * p.scale, kl_bf16_high(x) * p.scale);
-        }
     }
 }
 
 /* ---- project: a warp takes 8 COLUMNS columns of one head for 16 TILES tokens ----
  * Sums over k have no order of their own: lane t of a group takes 8 values of k at a time, for either operand. */
 
+enum { A_PITCH = MLA_R + 32, K_GROUPS = MLA_R / 32 };
+
+template <int TILES> __device__ __forceinline__ void load_latent_rows(const ends &p, uint16_t *a, int h, int first)
+{
+    int tokens = min(p.tokens - first, TILES * TOKENS);
+    for (int i = (int)threadIdx.x; i < (tokens + TOKENS - 1) / TOKENS * TOKENS * (MLA_R / 8); i += THREADS) {
+        int token = i / (MLA_R / 8), c = i % (MLA_R / 8) * 8;
+        kl_copy16(a + token * A_PITCH + c, p.a + (token < tokens ? ((int64_t)(first + token) * p.H + h) * MLA_R + c : 0), token < tokens);
+    }
+    kl_copy_commit();
+    kl_copy_wait<0>();
+    __syncthreads();
+}
+
 template <int TILES, int COLUMNS> __global__ void __launch_bounds__(THREADS) project(const __grid_constant__ ends p)
 {
-    constexpr int GROUPS = MLA_R / 32;
+    KL_SHARED(memory);
+    uint16_t *rows = (uint16_t *)memory;
     int lane = kl_lane(), g = lane / 4, t = lane % 4, across = (p.Dv + 8 * COLUMNS * WARPS - 1) / (8 * COLUMNS * WARPS);
     int column = ((int)(blockIdx.x % across) * WARPS + (int)threadIdx.x / 32) * 8 * COLUMNS, h = (int)(blockIdx.x / across) % p.H;
-    int first = (int)(blockIdx.x / across) / p.H * 16 * TILES;
-    uint4 w[COLUMNS][GROUPS];
+    int first = (int)(blockIdx.x / across) / p.H * TOKENS * TILES;
+    uint4 w[COLUMNS][K_GROUPS];
+#pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
         int e = min(column + 8 * n + g, p.Dv - 1);
         const uint4 *from = (const uint4 *)(p.kv_b + ((int64_t)h * (p.Dn + p.Dv) + p.Dn + e) * MLA_R) + t;
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++)
+        for (int i = 0; i < K_GROUPS; i++)
             w[n][i] = __ldg(from + 4 * i);
     }
     kl_grid_wait();
-    kl_grid_release();
-    for (int token = first; token < p.tokens && token < first + 16 * TILES; token += 16) {
-        const uint4 none = {0, 0, 0, 0};
-        const uint4 *low = (const uint4 *)(p.a + ((int64_t)(token + g) * p.H + h) * MLA_R) + t, *high = low + (int64_t)8 * p.H * (MLA_R / 8);
-        bool has_low = token + g < p.tokens, has_high = token + g + 8 < p.tokens;
+    load_latent_rows<TILES>(p, rows, h, first);
+    for (int token = first; token < p.tokens && token < first + TOKENS * TILES; token += TOKENS) {
+        const uint16_t *low = rows + (token - first + g) * A_PITCH + 8 * t, *high = low + 8 * A_PITCH;
         float c[COLUMNS][4] = {};
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            uint4 x = has_low ? low[4 * i] : none, y = has_high ? high[4 * i] : none;
+        for (int i = 0; i < K_GROUPS; i++) {
+            uint4 x = *(const uint4 *)(low + 32 * i), y = *(const uint4 *)(high + 32 * i);
             uint32_t a[4] = {x.x, y.x, x.y, y.y}, a_next[4] = {x.z, y.z, x.w, y.w};
+#pragma unroll
             for (int n = 0; n < COLUMNS; n++) {
                 uint32_t b[2] = {w[n][i].x, w[n][i].y}, b_next[2] = {w[n][i].z, w[n][i].w};
                 kl_mma(c[n], a, b);
                 kl_mma(c[n], a_next, b_next);
             }
         }
+#pragma unroll
         for (int i = 0; i < 2 * COLUMNS; i++) {
             int row = token + g + i % 2 * 8, e = column + i / 2 * 8 + 2 * t;
             if (row < p.tokens && e < p.Dv)
@@ -137,29 +163,37 @@ ends ends_of(const mla_problem *p)
 
 int64_t shares(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
+template <int TILES> kl_status launch_absorb(const kl_ctx *ctx, const ends &x)
+{
+    kl_grid g;
+    g.threads = THREADS;
+    g.shared = absorb_bytes(x.Dn, TILES * TOKENS);
+    g.x = (int64_t)SLICES * x.H * shares(x.tokens, TILES * TOKENS);
+    return kl_launch(ctx, "mla absorb", g, absorb<TILES>, x);
+}
+
+template <int TILES, int COLUMNS> kl_status launch_project(const kl_ctx *ctx, const ends &x)
+{
+    kl_grid g;
+    g.threads = THREADS;
+    g.shared = TILES * TOKENS * A_PITCH * sizeof(uint16_t);
+    g.overlap = true;
+    g.x = shares(x.Dv, 8 * COLUMNS * WARPS) * x.H * shares(x.tokens, TILES * TOKENS);
+    return kl_launch(ctx, "mla project", g, project<TILES, COLUMNS>, x);
+}
+
 } // namespace
 
 kl_status mla_cuda_absorb(const kl_ctx *ctx, const mla_problem *p, uint16_t *rows)
 {
     ends x = ends_of(p);
     x.rows = rows;
-    bool few = x.tokens <= 16;
-    kl_grid g;
-    g.threads = THREADS;
-    g.shared = sizeof(absorb_room);
-    g.overlap = true;
-    g.x = (MLA_R / SLICE) * p->H * shares(x.tokens, few ? 16 : 64);
-    return kl_launch(ctx, "mla absorb", g, few ? absorb<1> : absorb<4>, x);
+    return x.tokens <= TOKENS ? launch_absorb<1>(ctx, x) : launch_absorb<2>(ctx, x);
 }
 
 kl_status mla_cuda_project(const kl_ctx *ctx, const mla_problem *p, const uint16_t *rows)
 {
     ends x = ends_of(p);
     x.a = rows;
-    bool few = x.tokens <= 16;
-    kl_grid g;
-    g.threads = THREADS;
-    g.overlap = true;
-    g.x = shares(p->Dv, (few ? 8 : 16) * WARPS) * p->H * shares(x.tokens, few ? 16 : 64);
-    return kl_launch(ctx, "mla project", g, few ? project<1, 1> : project<4, 2>, x);
+    return x.tokens <= TOKENS ? launch_project<1, 1>(ctx, x) : launch_project<2, 2>(ctx, x);
 }

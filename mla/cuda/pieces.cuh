@@ -12,7 +12,7 @@
 
 #include "common/device.cuh"
 
-enum { MLA_TILE_ROWS = 64, MLA_BLOCK_KEYS = 64, MLA_MOST_PARTS = 256 };
+enum { MLA_TILE_ROWS = 64, MLA_BLOCK_KEYS = 64, MLA_MOST_PARTS = 256, MLA_TABLE_INTS = 1920 };
 
 /* Token: its first query, counted over the batch; start: the latent row of its first key. */
 struct mla_sequence {
@@ -27,14 +27,31 @@ struct mla_join {
     int row, rows, part, parts;
 };
 
-/* In device memory; counts are of the entries in use. */
-struct mla_pieces {
-    const mla_sequence *sequence; /* [N+1], the last one's token is their number */
-    const mla_cut *cut;           /* [parts+1] where the parts begin, and where the last one ends */
-    const mla_join *join;         /* [joins] */
+/* All of these, one kind behind the other, in kernel parameters while they fit there and else in device memory. */
+struct mla_table {
     int N, H, parts, joins;
     int room;                     /* rows kept for a tile's sums */
+    const int *memory;            /* NULL: number[] */
+    int number[MLA_TABLE_INTS];
 };
+
+struct mla_pieces {
+    const mla_cut *cut;           /* [parts+1] where the parts begin, and where the last one ends */
+    const mla_join *join;         /* [joins] */
+    const mla_sequence *sequence; /* [N+1], the last one's token is their number */
+    int N, H, room;
+};
+__device__ inline mla_pieces mla_pieces_of(const mla_table &t)
+{
+    mla_pieces p;
+    p.cut = (const mla_cut *)(t.memory ? t.memory : t.number);
+    p.join = (const mla_join *)(p.cut + t.parts + 1);
+    p.sequence = (const mla_sequence *)(p.join + t.joins);
+    p.N = t.N;
+    p.H = t.H;
+    p.room = t.room;
+    return p;
+}
 
 /* Keys that the last row of a tile sees, of a sequence with `tokens` queries. */
 __host__ __device__ inline int mla_tile_keys(int keys, int tokens, int H, int tile)

@@ -20,25 +20,27 @@ int64_t all_blocks(const mla_problem *p)
     return sum;
 }
 
-/* Numbers on their way to the device, a launch for every few kilobytes. */
-struct upload {
+/* Numbers for the table; what does not fit is launched on its way to device memory. */
+struct writer {
     const kl_ctx *ctx;
-    int *dst;
-    int held, number[992];
+    mla_table *table;
+    int *dst; /* NULL: they stay */
+    int held = 0;
 
     kl_status flush()
     {
-        KL_TRY(kl_upload(ctx, dst, number, (size_t)held * sizeof *number));
-        dst += held;
+        if (dst)
+            KL_TRY(kl_upload(ctx, dst, table->number, (size_t)held * sizeof *dst));
+        dst = dst ? dst + held : dst;
         held = 0;
         return kl_ok();
     }
     kl_status put(const int *x, int count)
     {
         for (int i = 0; i < count; i++) {
-            number[held++] = x[i];
-            if (held == 992)
+            if (held == MLA_TABLE_INTS)
                 KL_TRY(flush());
+            table->number[held++] = x[i];
         }
         return kl_ok();
     }
@@ -72,27 +74,26 @@ void mla_cut_up(const mla_problem *p, int multiprocessors, mla_schedule *s)
     s->cut[s->parts] = {(int)p->N, 0, 0};
 }
 
-size_t mla_pieces_bytes(const mla_problem *p)
+size_t mla_table_bytes(const mla_problem *p)
 {
     return sizeof(mla_cut) * (MLA_MOST_PARTS + 1) + sizeof(mla_join) * MLA_MOST_PARTS + sizeof(mla_sequence) * (size_t)(p->N + 1);
 }
 
-kl_status mla_upload_pieces(const kl_ctx *ctx, const mla_problem *p, const mla_schedule *s, void *memory, mla_pieces *pieces)
+kl_status mla_make_table(const kl_ctx *ctx, const mla_problem *p, const mla_schedule *s, void *memory, mla_table *table)
 {
-    upload u = {ctx, (int *)memory, 0, {}};
-    pieces->cut = (const mla_cut *)memory;
-    pieces->join = (const mla_join *)(pieces->cut + s->parts + 1);
-    pieces->sequence = (const mla_sequence *)(pieces->join + s->joins);
-    pieces->N = (int)p->N;
-    pieces->H = (int)p->H;
-    pieces->parts = s->parts;
-    pieces->joins = s->joins;
-    KL_TRY(u.put((const int *)s->cut, 3 * (s->parts + 1)));
-    KL_TRY(u.put((const int *)s->join, 4 * s->joins));
+    int64_t ints = 3 * (s->parts + 1) + 4 * s->joins + 3 * (p->N + 1);
+    table->N = (int)p->N;
+    table->H = (int)p->H;
+    table->parts = s->parts;
+    table->joins = s->joins;
+    table->memory = ints > MLA_TABLE_INTS ? (const int *)memory : nullptr;
+    writer w = {ctx, table, (int *)table->memory};
+    KL_TRY(w.put((const int *)s->cut, 3 * (s->parts + 1)));
+    KL_TRY(w.put((const int *)s->join, 4 * s->joins));
     for (int n = 0; n <= (int)p->N; n++) {
         bool last = n == (int)p->N;
         mla_sequence q = {(int)(p->cu_q[n] - p->cu_q[0]), last ? 0 : (int)p->kv_start[n], last ? 0 : (int)p->kv_len[n]};
-        KL_TRY(u.put((const int *)&q, 3));
+        KL_TRY(w.put((const int *)&q, 3));
     }
-    return u.flush();
+    return w.flush();
 }

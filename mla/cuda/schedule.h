@@ -14,8 +14,8 @@ struct mla_schedule {
 /* Parts for so many multiprocessors. */
 void mla_cut_up(const mla_problem *p, int multiprocessors, mla_schedule *s);
 
-/* Bytes of the pieces in device memory at most, and their way there; *pieces points into memory. */
-size_t mla_pieces_bytes(const mla_problem *p);
-kl_status mla_upload_pieces(const kl_ctx *ctx, const mla_problem *p, const mla_schedule *s, void *memory, mla_pieces *pieces);
+/* Bytes that the table may need in device memory, and the table, brought there if it must be. */
+size_t mla_table_bytes(const mla_problem *p);
+kl_status mla_make_table(const kl_ctx *ctx, const mla_problem *p, const mla_schedule *s, void *memory, mla_table *table);
 
 #endif
