@@ -184,7 +184,8 @@ static const kl_variant *pick_cuda(const mla_problem *p, kl_pass pass)
     int64_t most = 0;
     for (int64_t n = 0; p && p->cu_q && n < p->N; n++)
         most = mla_max(most, mla_queries(p, n));
-    return most <= FEW_QUERIES && !(p && kl_failed(recurrent->check(p, pass))) ? recurrent : chunk;
+    bool reads = !(p && kl_failed(recurrent->check(p, pass))), expands = !(p && kl_failed(chunk->check(p, pass)));
+    return reads && (most <= FEW_QUERIES || !expands) ? recurrent : chunk;
 }
 
 const kl_variant *mla_pick(kl_device device, const char *name, const mla_problem *p, kl_pass pass)
