@@ -7,8 +7,8 @@
  *
  *     group    wait vacant; prepare into stage; arrive at ready
  *     carrier  wait ready; wait until the place is free (done); bulk store; arrive at vacant; filled <- number of the tile
- *     loader   wait for a slot (the last tile in it is done: done <- its number); wait filled; bulk load into the slot
- *     walkers  wait full[slot]; use; arrive at empty[slot]
+ *     loader   wait for a slot; wait filled; bulk load into the slot
+ *     walkers  as in walk_wide.cuh; the storing warp: done <- number of the tile
  *
  * Nobody waits for ever: items are taken in the order of their tiles in every lane, each group has a carrier of its own, and
  * a place waits only for tiles with smaller numbers. */
@@ -23,7 +23,7 @@ namespace {
 
 /* Warpgroups: one walks or prepares, two prepare, one carries and loads. Registers a thread of each. */
 enum { GROUPS = 3, THREADS = (GROUPS + 1) * KDA_GROUP, WALKING = 184, PREPARING = 144, CARRYING = 40 };
-enum { COLUMNS = 64, MOST_PATHS = 64, MOST_SEQUENCES = KDA_ORDERED_SEQUENCES, PLACES = 768, APART = 32 /* ints between what different blocks write */ };
+enum { COLUMNS = KDA_WIDE_COLUMNS, MOST_PATHS = 64, MOST_SEQUENCES = KDA_ORDERED_SEQUENCES, PLACES = 768, APART = 32 /* ints between what different blocks write */ };
 
 struct work {
     kda_walk walk;
@@ -192,36 +192,36 @@ template <class Visit> __device__ __forceinline__ void for_paths(const work &p, 
     int first = 0;
     for (int pair = lane; pair < p.pairs; pair += p.lanes) {
         kda_path path = kda_path_of(p.walk, pair);
+        if (path.tiles < 0)
+            continue;
         visit(path, first);
-        first += path.tiles > 0 ? path.tiles : 0;
+        first += path.tiles;
     }
 }
 
-/* What is filled is looked up for as many tiles at a time as the warp has threads, and told of done tiles a few at a time:
- * a word from or to another block takes longer than a tile. */
 template <class F> __device__ __forceinline__ void load(typename F::ring &r, const work &p, int lane, int part)
 {
-    enum { SLOTS = F::ring::SLOTS };
-    int *done = &p.done[(lane * p.parts + part) * APART], *filled = &p.filled[lane * p.depth];
-    unsigned char *ring = p.ring + (size_t)lane * p.depth * F::TILE;
-    int known = 0, width = p.depth < 32 ? p.depth : 32; /* tiles before `known` are filled */
+    const int *filled = &p.filled[lane * p.depth];
+    const unsigned char *ring = p.ring + (size_t)lane * p.depth * F::TILE;
     for_paths(p, lane, [&](const kda_path &path, int first) {
-        for (int n = first; n < first + path.tiles; n++) {
-            int slot = n % SLOTS;
-            while (known <= n) {
-                bool there = kl_lane() < width && kl_load_acquire(&filled[(known + kl_lane()) % p.depth]) == known + kl_lane() + 1;
-                uint32_t missing = ~__ballot_sync(0xffffffffu, there);
-                known += missing ? __ffs(missing) - 1 : 32;
-            }
-            if (kl_lane() == 0) {
-                kda_wide_reserve(r, n);
-                kl_fence_async();
-                kl_bulk_load(r.slot[slot], ring + (size_t)(n % p.depth) * F::TILE, F::TILE, &r.full[slot]);
-                if (n >= SLOTS && n % 2 == 0)
-                    kl_store_release(done, n - SLOTS + 1);
-            }
-            __syncwarp();
-        }
+        kda_wide_load(r, p.walk, path, kda_whole(p.walk, path, first), COLUMNS * part, [&](int i) {
+            int place = (first + i) % p.depth;
+            kl_await(&filled[place], first + i + 1);
+            kl_fence_async();
+            return ring + (size_t)place * F::TILE;
+        });
+    });
+}
+
+/* Of done tiles it is told a few at a time: a word to another block takes longer than a tile. */
+template <class F> __device__ __forceinline__ void store(typename F::ring &r, const work &p, int lane, int part)
+{
+    int *done = &p.done[(lane * p.parts + part) * APART];
+    for_paths(p, lane, [&](const kda_path &path, int first) {
+        kda_wide_store(r, p.walk, path, kda_whole(p.walk, path, first), COLUMNS * part, [&](int i) {
+            if ((first + i) % 4 == 3)
+                kl_store_release(done, first + i + 1);
+        });
     });
 }
 
@@ -244,8 +244,9 @@ template <class F> __global__ void __launch_bounds__(THREADS, 1) everywhere(cons
     __syncthreads();
     if (role == 0 && walks) {
         kl_registers_more<WALKING>();
+        int of_four = __shfl_sync(0xffffffffu, warp, 0);
         for_paths(p, lane, [&](const kda_path &path, int first) {
-            kda_walk_wide(m.walked, p.walk, path, first, warp, COLUMNS * part + KDA_COLUMNS * warp);
+            kda_wide_compute(m.walked, p.walk, path, kda_whole(p.walk, path, first), COLUMNS * part, of_four);
         });
     } else if (role < GROUPS) {
         kl_registers_more<PREPARING>();
@@ -254,6 +255,8 @@ template <class F> __global__ void __launch_bounds__(THREADS, 1) everywhere(cons
         kl_registers_fewer<CARRYING>();
         if (warp == 0 && walks)
             load<F>(m.walked, p, lane, part);
+        else if (warp == GROUPS && walks)
+            store<F>(m.walked, p, lane, part);
         else if (warp < GROUPS)
             carry<F>(m, warp ? m.other[warp - 1] : m.first, p, warp);
     }
