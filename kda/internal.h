@@ -83,6 +83,14 @@ size_t kda_cuda_tiles_workspace(const kda_problem *p, bool core);
 kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, bool core, void *workspace, size_t bytes, const void **tiles);
 size_t kda_cuda_persistent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_persistent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+/* Sequences cut into parts that are walked over at the same time (kda/cuda/parts.cuh). */
+bool kda_cuda_scan_pays(const kl_ctx *ctx, const kda_problem *p);
+size_t kda_cuda_scan_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status kda_cuda_scan_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+/* The same with parts of so many tiles and a carried state every `span` parts (0: none), for tests and timings. *start is where in
+ * the workspace the tiles are from which parts start with zero state, int [part][sequence, longest first][HV], -1: elsewhere. */
+size_t kda_cuda_scan_cut_workspace(const kda_problem *p, int64_t tiles, int64_t span);
+kl_status kda_cuda_scan_cut(const kl_ctx *ctx, const kda_problem *p, int64_t tiles, int64_t span, void *workspace, size_t bytes, const int **start);
 size_t kda_cuda_two_pass_shared(const kda_problem *p);
 size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);

@@ -14,6 +14,7 @@
 #include "common/gpu.h"
 #include "harness/layers_case.h"
 #include "harness/problem.h"
+#include "kda/internal.h"
 #include "tests/expect.h"
 #include "tests/shell.h"
 
@@ -184,6 +185,29 @@ static void run_everything(kl_ctx *ctx)
     kl_scratch_free(&scratch);
 }
 
+/* KDA in parts, as no problem of this size would be cut by itself. */
+static void run_scan(kl_ctx *ctx)
+{
+#ifdef KL_HAVE_CUDA
+    for (int64_t K = 64; K <= 128; K *= 2) {
+        kl_case c;
+        const int *start;
+        void *workspace;
+        assert_ok(kl_case_kda(&c, &(kl_kda_spec){.T = 70, .H = 1, .K = K, .regime = KL_REGIME_SLOW, .state = true, .seed = 1}));
+        assert_ok(kl_case_place(&c, &(kl_placement){.dtype = KL_BF16}, NULL));
+        assert_ok(kl_case_upload(ctx, &c));
+        const kda_problem *p = kl_case_problem(&c, KL_CUDA);
+        size_t bytes = kda_cuda_scan_cut_workspace(p, 1, 1);
+        assert_ok(kl_gpu_alloc(ctx, &workspace, bytes));
+        assert_ok(kda_cuda_scan_cut(ctx, p, 1, 1, workspace, bytes, &start));
+        kl_gpu_free(ctx, workspace);
+        kl_case_free(&c);
+    }
+#else
+    (void)ctx;
+#endif
+}
+
 /* Every operation of the layers, the norm at the width that asks for most. */
 static void run_layers(kl_ctx *ctx)
 {
@@ -215,6 +239,7 @@ static void launches_keep_to_their_shared_memory(void **state)
     kl_ctx *ctx;
     assert_ok(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA}));
     run_everything(ctx);
+    run_scan(ctx);
     run_layers(ctx);
     kl_ctx_destroy(ctx);
     const char *name;

@@ -211,7 +211,7 @@ using eight = fused<128, 1, 3, 8>;
 
 } // namespace
 
-/* Few heads: eight blocks of 16 columns each share one. More heads than clusters fit the device at a time go in two passes. */
+/* Few heads: parts of their sequences at a time, or eight blocks of 16 columns each share one. More heads than clusters fit the device at a time go in two passes. */
 static bool fits(const kl_ctx *ctx, const kda_problem *p)
 {
     return p->K > 64 && p->K <= 128 && p->V <= 128 && clusters_of<eight>(ctx, p) == p->N * p->HV;
@@ -220,6 +220,8 @@ static bool fits(const kl_ctx *ctx, const kda_problem *p)
 size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
 {
     const kda_problem *p = (const kda_problem *)problem;
+    if (kda_cuda_scan_pays(ctx, p))
+        return kda_cuda_scan_workspace(ctx, p, pass);
     if (!fits(ctx, p))
         return kda_cuda_two_pass_workspace(ctx, p, pass);
     return kda_sequences_room(p) + (size_t)(p->N * p->HV) * eight::BLOCKS * PLACES * eight::TILE;
@@ -228,6 +230,8 @@ size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass 
 kl_status kda_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
     const kda_problem *p = (const kda_problem *)problem;
+    if (kda_cuda_scan_pays(ctx, p))
+        return kda_cuda_scan_forward(ctx, p, workspace, bytes);
     if (!fits(ctx, p))
         return kda_cuda_two_pass_forward(ctx, p, workspace, bytes);
     size_t need = kda_cuda_chunk_workspace(ctx, p, KL_FORWARD);
