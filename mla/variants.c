@@ -173,8 +173,8 @@ static kl_status mixed_forward(kl_ctx *ctx, const void *problem, void *workspace
 static const kl_variant mixed = {"mla", "mixed", KL_CPU, "for each sequence the variant that suits it", check_any, mixed_workspace,
                                  mixed_forward, mla_chunk_backward, cost};
 
-/* Up to this many queries in every sequence, a device reads the latents themselves. */
-enum { FEW_QUERIES = 8 };
+/* Up to this many queries in every sequence, a device reads the latents themselves (mla/README.md: which form). */
+enum { FEW_QUERIES = 64 };
 
 static const kl_variant *pick_cuda(const mla_problem *p, kl_pass pass)
 {

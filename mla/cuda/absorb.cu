@@ -4,7 +4,7 @@
 
 namespace {
 
-enum { THREADS = 128, WARPS = THREADS / 32, SLICE = 64, SLICES = MLA_R / SLICE, TOKENS = 16 /* of a product */ };
+enum { TOKENS = 16 /* of a product */ };
 
 struct ends {
     const uint16_t *q, *kv_b, *a;
@@ -14,25 +14,28 @@ struct ends {
     float scale;
 };
 
-/* ---- absorb: a block takes 64 columns of one head for 16 TILES tokens, a warp 16 of them ---- */
+/* ---- absorb: a block takes 16 WARPS columns of one head for 16 TILES tokens, a warp 16 of them ---- */
 
-enum { W_PITCH = SLICE + 8 };
+template <int TILES_, int WARPS_> struct absorb_form {
+    enum { TILES = TILES_, WARPS = WARPS_, THREADS = 32 * WARPS, SLICE = 16 * WARPS, SLICES = MLA_R / SLICE, W_PITCH = SLICE + 8, SHARE = MLA_DR / SLICES };
+    static_assert(SHARE % 8 == 0, "whole 16 bytes");
+};
 
 /* Weights [Dn,W_PITCH], then queries [16 TILES, Dn + 8], with Dn rounded up to a multiple of 16. */
 __host__ __device__ __forceinline__ int rounded(int Dn) { return (Dn + 15) / 16 * 16; }
-__host__ __device__ __forceinline__ size_t absorb_bytes(int Dn, int tokens) { return 2 * ((size_t)rounded(Dn) * W_PITCH + (size_t)tokens * (rounded(Dn) + 8)); }
+template <class F> size_t absorb_bytes(int Dn) { return 2 * ((size_t)rounded(Dn) * F::W_PITCH + (size_t)(F::TILES * TOKENS) * (rounded(Dn) + 8)); }
 
 /* Zeros beyond Dn and beyond the last token. */
-template <int TILES> __device__ __forceinline__ void load_absorb(const ends &p, uint16_t *to_w, uint16_t *to_q, int h, int column, int first)
+template <class F> __device__ __forceinline__ void load_absorb(const ends &p, uint16_t *to_w, uint16_t *to_q, int h, int column, int first)
 {
     const uint16_t *w = p.kv_b + (int64_t)h * (p.Dn + p.Dv) * MLA_R + column, *q = p.q + h * (p.Dn + MLA_DR);
-    int rows = rounded(p.Dn), tokens = min(p.tokens - first, TILES * TOKENS);
-    for (int i = (int)threadIdx.x; i < rows * (SLICE / 8); i += THREADS) {
-        int d = i / (SLICE / 8), c = i % (SLICE / 8) * 8;
-        kl_copy16(to_w + d * W_PITCH + c, w + (int64_t)(d < p.Dn ? d : 0) * MLA_R + c, d < p.Dn);
+    int rows = rounded(p.Dn), tokens = min(p.tokens - first, F::TILES * TOKENS);
+    for (int i = (int)threadIdx.x; i < rows * (F::SLICE / 8); i += F::THREADS) {
+        int d = i / (F::SLICE / 8), c = i % (F::SLICE / 8) * 8;
+        kl_copy16(to_w + d * F::W_PITCH + c, w + (int64_t)(d < p.Dn ? d : 0) * MLA_R + c, d < p.Dn);
     }
     /* A token's row by 8 threads. */
-    for (int token = (int)threadIdx.x / 8; token < (tokens + TOKENS - 1) / TOKENS * TOKENS; token += THREADS / 8)
+    for (int token = (int)threadIdx.x / 8; token < (tokens + TOKENS - 1) / TOKENS * TOKENS; token += F::THREADS / 8)
         for (int c = (int)threadIdx.x % 8 * 8; c < rows; c += 64) {
             bool there = token < tokens && c < p.Dn;
             kl_copy16(to_q + token * (rows + 8) + c, q + (there ? (first + token) * p.q_stride + c : 0), there);
@@ -40,45 +43,46 @@ template <int TILES> __device__ __forceinline__ void load_absorb(const ends &p, 
     kl_copy_commit();
 }
 
-/* The part without expansion: a slice passes 8 of its columns on. */
-template <int TILES> __device__ __forceinline__ void pass_on(const ends &p, int h, int slice, int first)
+/* The part without expansion: a slice passes its share of the columns on. */
+template <class F> __device__ __forceinline__ void pass_on(const ends &p, int h, int slice, int first)
 {
-    static_assert(MLA_DR == 8 * SLICES, "16 bytes a slice and token");
-    int token = first + (int)threadIdx.x;
-    if ((int)threadIdx.x >= TILES * TOKENS || token >= p.tokens)
-        return;
-    uint4 x = *(const uint4 *)(p.q + token * p.q_stride + h * (p.Dn + MLA_DR) + p.Dn + 8 * slice);
-    uint32_t *all = &x.x;
-    for (int i = 0; i < 4; i++)
-        all[i] = kl_pack_bf16(kl_bf16_low(all[i]) * p.scale, kl_bf16_high(all[i]) * p.scale);
-    *(uint4 *)(p.rows + ((int64_t)token * p.H + h) * MLA_WIDTH + MLA_R + 8 * slice) = x;
+    for (int i = (int)threadIdx.x; i < F::TILES * TOKENS * (F::SHARE / 8); i += F::THREADS) {
+        int token = first + i / (F::SHARE / 8), column = slice * F::SHARE + i % (F::SHARE / 8) * 8;
+        if (token >= p.tokens)
+            return;
+        uint4 x = *(const uint4 *)(p.q + token * p.q_stride + h * (p.Dn + MLA_DR) + p.Dn + column);
+        uint32_t *all = &x.x;
+        for (int j = 0; j < 4; j++)
+            all[j] = kl_pack_bf16(kl_bf16_low(all[j]) * p.scale, kl_bf16_high(all[j]) * p.scale);
+        *(uint4 *)(p.rows + ((int64_t)token * p.H + h) * MLA_WIDTH + MLA_R + column) = x;
+    }
 }
 
-template <int TILES> __global__ void __launch_bounds__(THREADS) absorb(const __grid_constant__ ends p)
+template <class F> __global__ void __launch_bounds__(F::THREADS) absorb(const __grid_constant__ ends p)
 {
     KL_SHARED(memory);
-    int slice = (int)(blockIdx.x % SLICES), h = (int)(blockIdx.x / SLICES) % p.H, first = (int)(blockIdx.x / SLICES) / p.H * TOKENS * TILES;
+    int slice = (int)(blockIdx.x % F::SLICES), h = (int)(blockIdx.x / F::SLICES) % p.H, first = (int)(blockIdx.x / F::SLICES) / p.H * TOKENS * F::TILES;
     int lane = kl_lane(), g = lane / 4, t = lane % 4, warp = (int)threadIdx.x / 32, pitch = rounded(p.Dn) + 8;
-    uint16_t *w = (uint16_t *)memory, *q = w + rounded(p.Dn) * W_PITCH;
+    uint16_t *w = (uint16_t *)memory, *q = w + rounded(p.Dn) * F::W_PITCH;
     kl_grid_release();
-    load_absorb<TILES>(p, w, q, h, slice * SLICE, first);
-    pass_on<TILES>(p, h, slice, first);
+    load_absorb<F>(p, w, q, h, slice * F::SLICE, first);
+    pass_on<F>(p, h, slice, first);
     kl_copy_wait<0>();
     __syncthreads();
-    w += lane % 16 * W_PITCH + warp * 16 + lane / 16 * 8;
+    w += lane % 16 * F::W_PITCH + warp * 16 + lane / 16 * 8;
     q += lane % 16 * pitch + lane / 16 * 8;
-    for (int token = first; token < p.tokens && token < first + TOKENS * TILES; token += TOKENS) {
+    for (int token = first; token < p.tokens && token < first + TOKENS * F::TILES; token += TOKENS) {
         float c[2][4] = {};
         for (int k = 0; k < p.Dn; k += 16) {
             uint32_t a[4], b[4];
             kl_ldmatrix4(a, q + (token - first) * pitch + k);
-            kl_ldmatrix4_trans(b, w + k * W_PITCH);
+            kl_ldmatrix4_trans(b, w + k * F::W_PITCH);
             kl_mma(c[0], a, b);
             kl_mma(c[1], a, b + 2);
         }
         for (int i = 0; i < 4; i++) {
             int row = token + g + i % 2 * 8;
-            uint16_t *out = p.rows + ((int64_t)row * p.H + h) * MLA_WIDTH + slice * SLICE + warp * 16 + i / 2 * 8 + 2 * t;
+            uint16_t *out = p.rows + ((int64_t)row * p.H + h) * MLA_WIDTH + slice * F::SLICE + warp * 16 + i / 2 * 8 + 2 * t;
             const float *from = c[i / 2] + i % 2 * 2;
             if (row < p.tokens)
                 *(uint32_t *)out = kl_pack_bf16(from[0] * p.scale, from[1] * p.scale);
@@ -91,10 +95,10 @@ template <int TILES> __global__ void __launch_bounds__(THREADS) absorb(const __g
 
 enum { A_PITCH = MLA_R + 32, K_GROUPS = MLA_R / 32 };
 
-template <int TILES> __device__ __forceinline__ void load_latent_rows(const ends &p, uint16_t *a, int h, int first)
+template <int TILES, int WARPS> __device__ __forceinline__ void load_latent_rows(const ends &p, uint16_t *a, int h, int first)
 {
     int tokens = min(p.tokens - first, TILES * TOKENS);
-    for (int i = (int)threadIdx.x; i < (tokens + TOKENS - 1) / TOKENS * TOKENS * (MLA_R / 8); i += THREADS) {
+    for (int i = (int)threadIdx.x; i < (tokens + TOKENS - 1) / TOKENS * TOKENS * (MLA_R / 8); i += 32 * WARPS) {
         int token = i / (MLA_R / 8), c = i % (MLA_R / 8) * 8;
         kl_copy16(a + token * A_PITCH + c, p.a + (token < tokens ? ((int64_t)(first + token) * p.H + h) * MLA_R + c : 0), token < tokens);
     }
@@ -103,7 +107,7 @@ template <int TILES> __device__ __forceinline__ void load_latent_rows(const ends
     __syncthreads();
 }
 
-template <int TILES, int COLUMNS> __global__ void __launch_bounds__(THREADS) project(const __grid_constant__ ends p)
+template <int TILES, int COLUMNS, int WARPS> __global__ void __launch_bounds__(32 * WARPS) project(const __grid_constant__ ends p)
 {
     KL_SHARED(memory);
     uint16_t *rows = (uint16_t *)memory;
@@ -120,7 +124,7 @@ template <int TILES, int COLUMNS> __global__ void __launch_bounds__(THREADS) pro
             w[n][i] = __ldg(from + 4 * i);
     }
     kl_grid_wait();
-    load_latent_rows<TILES>(p, rows, h, first);
+    load_latent_rows<TILES, WARPS>(p, rows, h, first);
     for (int token = first; token < p.tokens && token < first + TOKENS * TILES; token += TOKENS) {
         const uint16_t *low = rows + (token - first + g) * A_PITCH + 8 * t, *high = low + 8 * A_PITCH;
         float c[COLUMNS][4] = {};
@@ -163,23 +167,24 @@ ends ends_of(const mla_problem *p)
 
 int64_t shares(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
-template <int TILES> kl_status launch_absorb(const kl_ctx *ctx, const ends &x)
+template <int TILES, int WARPS> kl_status launch_absorb(const kl_ctx *ctx, const ends &x)
 {
+    using form = absorb_form<TILES, WARPS>;
     kl_grid g;
-    g.threads = THREADS;
-    g.shared = absorb_bytes(x.Dn, TILES * TOKENS);
-    g.x = (int64_t)SLICES * x.H * shares(x.tokens, TILES * TOKENS);
-    return kl_launch(ctx, "mla absorb", g, absorb<TILES>, x);
+    g.threads = form::THREADS;
+    g.shared = absorb_bytes<form>(x.Dn);
+    g.x = (int64_t)form::SLICES * x.H * shares(x.tokens, TILES * TOKENS);
+    return kl_launch(ctx, "mla absorb", g, absorb<form>, x);
 }
 
-template <int TILES, int COLUMNS> kl_status launch_project(const kl_ctx *ctx, const ends &x)
+template <int TILES, int COLUMNS, int WARPS> kl_status launch_project(const kl_ctx *ctx, const ends &x)
 {
     kl_grid g;
-    g.threads = THREADS;
+    g.threads = 32 * WARPS;
     g.shared = TILES * TOKENS * A_PITCH * sizeof(uint16_t);
     g.overlap = true;
     g.x = shares(x.Dv, 8 * COLUMNS * WARPS) * x.H * shares(x.tokens, TILES * TOKENS);
-    return kl_launch(ctx, "mla project", g, project<TILES, COLUMNS>, x);
+    return kl_launch(ctx, "mla project", g, project<TILES, COLUMNS, WARPS>, x);
 }
 
 } // namespace
@@ -188,12 +193,12 @@ kl_status mla_cuda_absorb(const kl_ctx *ctx, const mla_problem *p, uint16_t *row
 {
     ends x = ends_of(p);
     x.rows = rows;
-    return x.tokens <= TOKENS ? launch_absorb<1>(ctx, x) : launch_absorb<2>(ctx, x);
+    return x.tokens <= TOKENS ? launch_absorb<1, 4>(ctx, x) : launch_absorb<4, 8>(ctx, x);
 }
 
 kl_status mla_cuda_project(const kl_ctx *ctx, const mla_problem *p, const uint16_t *rows)
 {
     ends x = ends_of(p);
     x.a = rows;
-    return x.tokens <= TOKENS ? launch_project<1, 1>(ctx, x) : launch_project<2, 2>(ctx, x);
+    return x.tokens <= TOKENS ? launch_project<1, 1, 4>(ctx, x) : launch_project<2, 2, 8>(ctx, x);
 }
