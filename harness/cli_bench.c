@@ -1,5 +1,6 @@
 #include <string.h>
 
+#include "harness/around.h"
 #include "harness/bench.h"
 #include "harness/cli.h"
 #include "harness/file.h"
@@ -34,7 +35,7 @@ static const char doc[] =
     "Times every registered variant and prints one row a case, with the fraction of what this machine reaches and the error against the reference.\v"
     "Keys of --shapes: kda B T N H HV K V G C lengths, on a device raw (gate, norms and sigmoid inside) and dplr; mla N T Tq H R Dn Dr Dv latent weight lengths; moe T D E I Is top_k weight; "
     "layers T D V I N K C; model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'. "
-    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates; for mla: prefill, late, decode.";
+    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates, and around: convolution, gated norm, decode step of a layer; for mla: prefill, late, decode.";
 
 static kl_status choose_pass(bench_options *o, const char *name)
 {
@@ -141,6 +142,10 @@ static const kl_shape_list *named_list(const char *family, const char *shapes)
 static kl_status run_all(kl_bench *b, const bench_options *o, const defaults *d, kl_model *m)
 {
     const kl_shape_list *list = o->shapes ? named_list(d->family, o->shapes) : NULL;
+    if (o->shapes && strcmp(d->family, "kda") == 0 && strcmp(o->shapes, "around") == 0) {
+        KL_REQUIRE(b->ctx->device == KL_CUDA, "--shapes: around: expected --device cuda: what is around the recurrence is timed there alone");
+        return kl_bench_around(b);
+    }
     if (o->shapes)
         return run_group(b, d, m, list ? list->shapes : o->shapes, o->chosen ? o->pass : list ? list->pass : d->pass[0]);
     for (int i = 0; i < 2 && d->shapes[i]; i++) {

@@ -1,5 +1,6 @@
 #include <string.h>
 
+#include "harness/around.h"
 #include "harness/cli.h"
 #include "harness/verify.h"
 
@@ -75,7 +76,9 @@ static kl_status verify_family(kl_verifier *v, const verify_options *o, kl_famil
         if (!v->json)
             printf("%s: %lld random cases of seed %lld\n", kl_family_name(family), (long long)o->cases, (long long)o->seed);
         v->brief = !o->every;
-        return kl_verify_random(v, family, (uint64_t)o->seed, o->cases);
+        KL_TRY(kl_verify_random(v, family, (uint64_t)o->seed, o->cases));
+        bool around = family == KL_FAMILY_KDA && v->ctx->device == KL_CUDA && !o->variant;
+        return around ? kl_verify_around(v) : kl_ok();
     }
     KL_REQUIRE(family == KL_FAMILY_KDA, "%s: there is no golden data for this family alone; expected --random", kl_family_name(family));
     KL_REQUIRE(o->path, "kda: expected a golden file, a directory of them, or --random");

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 #include "common/gpu.h"
+#include "harness/around.h"
 #include "harness/bench.h"
 #include "harness/device_inputs.h"
 #include "harness/reference_variants.h"
@@ -108,6 +109,23 @@ static void latents_lie_there_as_on_the_host(void **state)
         kl_scratch_free(&scratch);
         kl_case_free(&c);
     }
+}
+
+/* Convolution, gated norm and decode step against the CPU's, and as rows of the bench. */
+static void what_is_around_the_recurrence(void **state)
+{
+    (void)state;
+    if (!ctx)
+        skip();
+    kl_verifier v = {.ctx = ctx};
+    assert_ok(kl_verify_around(&v));
+    assert_int_equal(v.failed, 0);
+    assert_true(v.rows >= 40);
+    kl_bench b = {.ctx = ctx, .quiet = true, .runs = 1};
+    assert_ok(kl_bench_around(&b));
+    assert_int_equal(b.rows, 7);
+    assert_false(b.wrong);
+    kl_lines_free(&b.lines);
 }
 
 /* Kernels with one fault each. */
@@ -292,6 +310,7 @@ int main(void)
         cmocka_unit_test(rounding_forgets_what_was_wanted),
         cmocka_unit_test(every_placement_gives_the_same_numbers),
         cmocka_unit_test(latents_lie_there_as_on_the_host),
+        cmocka_unit_test(what_is_around_the_recurrence),
         cmocka_unit_test(what_a_variant_must_not_touch_is_watched),
         cmocka_unit_test(inputs_are_of_the_regime_asked_for),
         cmocka_unit_test(a_row_of_the_bench_is_whole),
