@@ -282,6 +282,23 @@ static void a_row_of_the_bench_is_whole(void **state)
     kl_lines_free(&b.lines);
 }
 
+/* Rows worked out from the latents agree with what the device decodes. */
+static void decoding_is_benched_by_rows(void **state)
+{
+    (void)state;
+    if (!ctx)
+        skip();
+    kl_bench b = {.ctx = ctx, .quiet = true, .runs = 1, .variant = "recurrent", .pass = {[KL_BENCH_DECODE] = true}};
+    kl_shape list[KL_SHAPES];
+    int count;
+    assert_ok(kl_ceilings_measure(ctx, &b.ceilings));
+    assert_ok(kl_shapes_parse("mla", "T=70,N=2,H=2", &(kl_shape){.R = 512, .Dn = 128, .Dr = 64, .Dv = 128}, list, &count));
+    assert_ok(kl_bench_family(&b, KL_FAMILY_MLA, list, count));
+    assert_int_equal(b.rows, 1);
+    assert_false(b.wrong);
+    kl_lines_free(&b.lines);
+}
+
 /* All lists parse, and each has a pass. */
 static void the_lists_of_shapes_are_sound(void **state)
 {
@@ -314,6 +331,7 @@ int main(void)
         cmocka_unit_test(what_a_variant_must_not_touch_is_watched),
         cmocka_unit_test(inputs_are_of_the_regime_asked_for),
         cmocka_unit_test(a_row_of_the_bench_is_whole),
+        cmocka_unit_test(decoding_is_benched_by_rows),
         cmocka_unit_test(the_lists_of_shapes_are_sound),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
