@@ -122,7 +122,9 @@ static kl_status cache_operations(kl_verifier *v, const kl_golden_model *g, kl_c
         same_bits(v, "rewind", out, want, n);
     kl_cache_mark_free(mark);
     KL_TRY(s);
-    char path[] = "/tmp/kl-cache-XXXXXX";
+    char path[4096];
+    const char *base = getenv("TMPDIR");
+    KL_REQUIRE(snprintf(path, sizeof path, "%s/kl-cache-XXXXXX", base && *base ? base : "/tmp") < (int)sizeof path, "TMPDIR: path too long");
     int fd = mkstemp(path);
     if (fd < 0)
         return kl_error_errno("%s", path);

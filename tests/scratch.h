@@ -9,11 +9,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static char scratch[] = "/tmp/kl-test-XXXXXX";
+static char scratch[128];
 
 static inline int make_scratch(void **state)
 {
     (void)state;
+    const char *base = getenv("TMPDIR");
+    snprintf(scratch, sizeof scratch, "%s/kl-test-XXXXXX", base && *base ? base : "/tmp");
     return mkdtemp(scratch) ? 0 : -1;
 }
 

@@ -66,7 +66,7 @@ static const cJSON *has(const cJSON *row, const char *key)
 /* Runs kl bench with rows to a file; the rows as an array (cJSON_Delete it). */
 static cJSON *rows_of(const char *arguments)
 {
-    char scratch[64];
+    char scratch[128];
     shell_scratch(scratch);
     shell_result *r = shell("%s/kl bench %s --runs 2 --threads 1 --json '%s/rows' >'%s/table' && cat '%s/rows'", shell_build(), arguments, scratch, scratch, scratch);
     shell_remove(scratch);

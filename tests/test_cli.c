@@ -14,7 +14,7 @@
 #define TINY "tests/golden/models/tiny"
 #define KDA_FILE "tests/golden/kda/04_kimi_T64_H2_HV2_K32_V32.safetensors"
 
-static char scratch[64];
+static char scratch[128];
 
 static int set_up(void **state)
 {

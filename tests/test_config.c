@@ -212,13 +212,21 @@ static void files_that_are_none(void **state)
     expect_error(kl_config_load(&c, "tests/golden/models/tiny/model.safetensors"), KL_EFORMAT, "at most 1048576 bytes");
 }
 
-static void presets_are_valid_and_survive_saving(void **state)
+/* A new one; the caller removes it. */
+static void empty_file(char path[256])
 {
-    (void)state;
-    char path[] = "/tmp/kl-test-config-XXXXXX";
+    const char *base = getenv("TMPDIR");
+    snprintf(path, 256, "%s/kl-test-config-XXXXXX", base && *base ? base : "/tmp");
     int fd = mkstemp(path);
     assert_true(fd >= 0);
     close(fd);
+}
+
+static void presets_are_valid_and_survive_saving(void **state)
+{
+    (void)state;
+    char path[256];
+    empty_file(path);
     for (int i = 0; kl_config_preset_name(i); i++) {
         kl_config c = preset(kl_config_preset_name(i)), back;
         assert_ok(kl_config_validate(&c));
@@ -238,10 +246,8 @@ static void variants_survive_saving(void **state)
     static const char *const changes[] = {"hybrid=7:1", "hybrid=0:1", "hybrid=n:0", "gate=head", "gate=none", "gate=block:8", "gate_kind=bounded:-5", "rope=1",
                                           "output_gate=swish", "output_gate=none", "conv=0", "beta=sigmoid2", "router=softmax", "biased_weights=1", "tied=1",
                                           "first_dense=0", "kv_a_norm_eps=1e-5", "dtype=f16", "renormalize=0", "experts=0", "eos=-1", "norm_eps=0.3"};
-    char path[] = "/tmp/kl-test-config-XXXXXX";
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
+    char path[256];
+    empty_file(path);
     for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
         kl_config c = preset("tiny"), plain = c, back;
         assert_ok(kl_config_set(&c, changes[i]));

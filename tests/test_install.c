@@ -8,7 +8,7 @@
 
 #include "tests/shell.h"
 
-static char prefix[64];
+static char prefix[128];
 
 static const char *environment(const char *name, const char *otherwise)
 {

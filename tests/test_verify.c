@@ -13,7 +13,7 @@
 #include "tests/shell.h"
 
 static kl_ctx *ctx;
-static char scratch[64];
+static char scratch[128];
 
 static int set_up(void **state)
 {
