@@ -14,6 +14,8 @@ kl_status mla_check_chunk(const mla_problem *p)
     for (auto &d : dim)
         if (d.value > d.most)
             return kl_error(KL_EUNSUPPORTED, "%s: mla chunk on cuda offers at most %lld, got %lld", d.name, (long long)d.most, (long long)d.value);
+    if (p->N > 0 && p->cu_q && p->cu_q[p->N] > INT_MAX)
+        return kl_error(KL_EUNSUPPORTED, "cu_q: mla chunk on cuda offers at most %d queries, got %lld", INT_MAX, (long long)p->cu_q[p->N]);
     if (p->scale < 0.0f)
         return kl_error(KL_EUNSUPPORTED, "scale: mla chunk on cuda offers positive ones, got %g", (double)p->scale);
     return kl_ok();

@@ -179,7 +179,9 @@ kl_status mla_cuda_chunk_backward(kl_ctx *ctx, const void *problem, const void *
     KL_TRY(mla_enter_cuda(ctx, p, "chunk", false));
     KL_TRY(mla_check_chunk(p));
     KL_TRY(mla_validate_grads(p, g));
-    KL_REQUIRE((uintptr_t)g->d_o % 16 == 0, "d_o: expected an address that is a multiple of 16 on cuda, got %p", g->d_o);
+    const struct { const char *name; const void *at; } tensor[] = {{"d_o", g->d_o}, {"dq", g->dq}, {"dlatent", g->dlatent}, {"dkv_b", g->dkv_b}};
+    for (auto &t : tensor)
+        KL_REQUIRE((uintptr_t)t.at % 16 == 0, "%s: expected an address that is a multiple of 16 on cuda, got %p", t.name, t.at);
     KL_TRY(mla_check_workspace(memory, bytes, mla_chunk_bwd_workspace(p)));
     kl_arena a = kl_arena_over(memory, bytes);
     workspace w = carve(p, &a);
