@@ -11,14 +11,12 @@
 #include <cmocka.h>
 
 #include "common/compare.h"
-#include "common/gpu.h"
 #include "common/rng.h"
 #include "kda/dplr.h"
 #include "reference/dplr.h"
+#include "tests/device.h"
 
 typedef enum gates { ZERO, SLOW, STRONG, MIXED, FIVE, SIXTY, THOUSAND } gates;
-
-static kl_ctx *ctx;
 
 static void must(kl_status s)
 {
@@ -29,23 +27,14 @@ static void must(kl_status s)
 static int open_device(void **state)
 {
     (void)state;
-    if (kl_gpu_count() > 0)
-        must(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA}));
-    return 0;
+    return open_ctx();
 }
 
 static int close_device(void **state)
 {
     (void)state;
-    kl_ctx_destroy(ctx);
-    return 0;
+    return close_ctx();
 }
-
-#define NEED_DEVICE()    \
-    do {                 \
-        if (!ctx)        \
-            skip();      \
-    } while (0)
 
 static double draw_gate(kl_rng *r, gates kind, int64_t token, int64_t head, int64_t channel)
 {
@@ -225,7 +214,7 @@ static const int64_t packed[] = {0, 1, 16, 272, 272, 400};
 static void every_gate_is_exact(void **state)
 {
     (void)state;
-    NEED_DEVICE();
+    NEEDS_DEVICE();
     const int64_t cu[] = {0, 150, 233};
     for (int kind = ZERO; kind <= THOUSAND; kind++)
         check(2, cu, 2, 128, 64, (gates)kind, false, (uint64_t)(10 + kind));
@@ -235,7 +224,7 @@ static void every_gate_is_exact(void **state)
 static void every_dimension_and_length_works(void **state)
 {
     (void)state;
-    NEED_DEVICE();
+    NEEDS_DEVICE();
     const int64_t dims[] = {1, 8, 24, 60, 64, 100, 256};
     for (int i = 0; i < 7; i++)
         check(5, packed, 1 + i % 2, dims[i], dims[(i + 3) % 7], i % 2 ? MIXED : THOUSAND, false, (uint64_t)(30 + i));
@@ -250,7 +239,7 @@ static void every_dimension_and_length_works(void **state)
 static void a_token_depends_on_the_past_alone(void **state)
 {
     (void)state;
-    NEED_DEVICE();
+    NEEDS_DEVICE();
     const int64_t cu[] = {0, 100, 190}, other[] = {0, 100, 190};
     problem *c = make(2, cu, 2, 64, 64, STRONG, false, 70), *d = make(2, other, 2, 64, 64, STRONG, false, 70);
     int64_t kept = 37 * c->p.H;
@@ -278,7 +267,7 @@ static void a_token_depends_on_the_past_alone(void **state)
 static void rows_packing_and_carried_states_agree(void **state)
 {
     (void)state;
-    NEED_DEVICE();
+    NEEDS_DEVICE();
     enum { CUT = 53, END = 120, H = 2, D = 64 };
     const int64_t cu[] = {0, END, 2 * END};
     problem *c = make(2, cu, H, D, D, MIXED, false, 80), *d = make(2, cu, H, D, D, MIXED, false, 80);
@@ -323,7 +312,7 @@ static void rows_packing_and_carried_states_agree(void **state)
 static void what_is_not_offered_is_refused(void **state)
 {
     (void)state;
-    NEED_DEVICE();
+    NEEDS_DEVICE();
     const int64_t cu[] = {0, 20};
     problem *c = make(1, cu, 1, 16, 16, SLOW, false, 90);
     kl_status s = dplr_forward(ctx, &c->p, c->workspace, c->workspace_bytes - 1);

@@ -9,11 +9,10 @@
 
 #include <stdlib.h>
 
-#include "common/gpu.h"
 #include "harness/problem.h"
+#include "tests/device.h"
 #include "tests/expect.h"
 
-static kl_ctx *ctx;
 static kl_case base;
 static void *workspace;
 static size_t room;
@@ -21,10 +20,8 @@ static size_t room;
 static int open_device(void **state)
 {
     (void)state;
-    if (kl_gpu_count() == 0)
-        return 0;
-    if (kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA})))
-        return 1;
+    if (open_ctx() || !ctx)
+        return ctx == NULL && kl_gpu_count() > 0;
     assert_ok(kl_case_kda(&base, &(kl_kda_spec){.lengths = (const int64_t[]){30, 10}, .sequences = 2, .H = 2, .HV = 4, .K = 32, .V = 16, .G = 8,
                                                 .gate = KDA_GATE_BOUNDED, .state = true, .backward = true, .seed = 1}));
     assert_ok(kl_case_place(&base, &(kl_placement){.dtype = KL_BF16}, NULL));
@@ -43,16 +40,8 @@ static int close_device(void **state)
     if (workspace)
         kl_gpu_free(ctx, workspace);
     kl_case_free(&base);
-    kl_ctx_destroy(ctx);
-    return 0;
+    return close_ctx();
 }
-
-#define NEEDS_DEVICE() \
-    do {               \
-        (void)state;   \
-        if (!ctx)      \
-            skip();    \
-    } while (0)
 
 static kda_problem good(void) { return *(const kda_problem *)kl_case_problem(&base, KL_CUDA); }
 
