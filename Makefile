@@ -45,7 +45,7 @@ NVFLAGS := -std=c++17 -O3 -lineinfo -Xptxas -v -cudart static -I. -Xcompiler -fP
 CUDA_ARCHS ?= 90a 80
 HOPPER     := -gencode arch=compute_90a$(,)code=sm_90a
 PLAIN      := $(foreach a,$(filter-out 90a,$(CUDA_ARCHS)),-gencode arch=compute_$a$(,)code=compute_$a)
-nvarch      = $(if $(filter mla/% moe/%,$1),$(HOPPER),$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER)) $(PLAIN))
+nvarch      = $(if $(filter mla/% moe/% tests/%,$1),$(HOPPER),$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER)) $(PLAIN))
 LDLIBS   = $(DEP_LIBS) -fopenmp -lm
 ifeq ($(CUDA),1)
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
