@@ -28,15 +28,16 @@ kda_parts kda_parts_cut(const kda_problem *p, int64_t tiles, int64_t span)
 }
 
 /* What parts cost, in nanoseconds: a tile walked over by a block alone on its multiprocessor, one summarised, a state carried
- * on, the launches of these two, looking; and bytes of tiles that stay in the second cache, others coming at RATE bytes a ns. */
-enum { WALK = 500, SUMMARISE = 800, CARRY = 1100, LAUNCHES = 11000, LOOK = 3000, STAY = 25 << 20, RATE = 2500, LEAST_TILES = 3, MOST_CARRIED = 64 };
+ * on, the launches of these two; and bytes of tiles that stay in the second cache, others coming at RATE bytes a ns. */
+enum { WALK = 520, SUMMARISE = 620, CARRY = 2100, LAUNCHES = 13000, STAY = 25 << 20, RATE = 2500, LEAST_TILES = 3, MOST_CARRIED = 64 };
 
 /* The parts that take least time when nothing is truncated: with P of them a head, of L tiles,
  *
  *     time(1) = L WALK        time(P) = L (SUMMARISE rounds of summaries + WALK rounds of walks) + (P - 2) CARRY + LAUNCHES
  *
- * where a round fills the multiprocessors. Between carried states there are as many parts more as fill them once, for where
- * the gates allow it. */
+ * where a round fills the multiprocessors. Many tiles would come back from memory, but not in the persistent form, which is then the
+ * better one unless much is saved. Between carried states there are as many parts more as fill the multiprocessors once, for
+ * where the gates allow it. */
 kda_parts kda_parts_of(const kl_ctx *ctx, const kda_problem *p)
 {
     int64_t blocks = kl_gpu_multiprocessors(ctx), heads = p->N * p->HV, longest = kda_ceil(kda_longest(p->T, p->N, p->cu_seqlens), kda_tile_tokens(p));
@@ -54,7 +55,7 @@ kda_parts kda_parts_of(const kl_ctx *ctx, const kda_problem *p)
         }
     }
     int64_t carried = kda_ceil(longest, most), filling = std::max<int64_t>(kda_ceil(longest * walkers, blocks), LEAST_TILES), span = std::max<int64_t>(carried / filling, 1);
-    if (best + LOOK > plain + plain / 10 || (most == 1 && span == 1))
+    if ((bytes > 2 * (int64_t)STAY && best > plain * 3 / 4) || (most == 1 && span == 1))
         return {};
     return kda_parts_cut(p, kda_ceil(carried, span), most > 1 ? span : 0);
 }
