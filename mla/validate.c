@@ -1,6 +1,7 @@
 /* Arguments are refused here, in the order device, dtype, layout, shape, options, before anything is read. */
 #include <limits.h>
 
+#include "common/gpu.h"
 #include "mla/internal.h"
 
 static kl_status check_dtypes(kl_device device, const mla_problem *p)
@@ -110,6 +111,7 @@ kl_status mla_enter_cuda(const kl_ctx *ctx, const mla_problem *p, const char *va
 {
     KL_TRY(writes_o ? mla_validate(ctx, p) : mla_validate_inputs(ctx, p));
     KL_REQUIRE(ctx->device == KL_CUDA, "device: expected a context on cuda, got one on %s", kl_device_name(ctx->device));
+    KL_TRY(kl_gpu_require_hopper(ctx, "mla"));
     KL_TRY(mla_check_bf16(p, variant));
     const struct { const char *name; const void *at; } tensor[] = {{"q", p->q}, {"latent", p->latent}, {"kv_b", p->kv_b}, {"o", p->o}};
     for (size_t i = 0; i < sizeof tensor / sizeof *tensor; i++)

@@ -1,3 +1,4 @@
+#include "common/gpu.h"
 #include "moe/internal.h"
 
 static bool float_type(kl_dtype t) { return t == KL_F32 || t == KL_BF16 || t == KL_F16; }
@@ -5,6 +6,8 @@ static bool float_type(kl_dtype t) { return t == KL_F32 || t == KL_BF16 || t == 
 static kl_status check_dtypes(const kl_ctx *ctx, const moe_problem *p)
 {
     KL_REQUIRE(float_type(p->dtype), "moe: dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->dtype));
+    if (ctx)
+        KL_TRY(kl_gpu_require_hopper(ctx, "moe"));
     if (ctx && ctx->device == KL_CPU)
         KL_REQUIRE(p->dtype == KL_F32, "moe: dtype: expected float32 on the cpu, got %s", kl_dtype_name(p->dtype));
     KL_REQUIRE(float_type(p->weight_dtype), "moe: weight_dtype: expected float32, bfloat16 or float16, got %s", kl_dtype_name(p->weight_dtype));
