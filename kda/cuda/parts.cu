@@ -28,8 +28,8 @@ kda_parts kda_parts_cut(const kda_problem *p, int64_t tiles, int64_t span)
 }
 
 /* What parts cost, in nanoseconds: a tile walked over by a block alone on its multiprocessor, one summarised, a state carried
- * on, the launches of these two; and bytes of tiles that stay in the second cache, others coming at RATE bytes a ns. */
-enum { WALK = 520, SUMMARISE = 620, CARRY = 2100, LAUNCHES = 13000, STAY = 25 << 20, RATE = 2500, LEAST_TILES = 3, MOST_CARRIED = 64 };
+ * on, the launches of these two with the first and last tiles of each; and bytes of tiles that stay in the second cache, others coming at RATE bytes a ns. */
+enum { WALK = 520, SUMMARISE = 620, CARRY = 2100, LAUNCHES = 22000, STAY = 25 << 20, RATE = 2500, LEAST_TILES = 3, MOST_CARRIED = 64 };
 
 /* The parts that take least time when nothing is truncated: with P of them a head, of L tiles,
  *
