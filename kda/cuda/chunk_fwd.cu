@@ -1,8 +1,47 @@
 /* The chunk forward in two passes: one kernel prepares the tiles of all heads into the workspace, another walks over them. */
 #include "kda/cuda/prepare.cuh"
-#include "kda/cuda/walk.cuh"
+#include "kda/cuda/walk_wide.cuh"
 
 namespace {
+
+/* ---- on Hopper, K up to 128: a warpgroup walks ---- */
+
+template <int KP> using wide_ring = kda_wide_ring<KP, 5>;
+
+/* Block: 64 columns of V of one head of one sequence. */
+template <int KP>
+__global__ void __launch_bounds__(KDA_WIDE_THREADS) walk_wide(const __grid_constant__ kda_walk p, const unsigned char *tiles, int splits)
+{
+    KL_SHARED(shared);
+    wide_ring<KP> &m = *(wide_ring<KP> *)shared;
+    int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), column = KDA_WIDE_COLUMNS * (int)(blockIdx.x % splits);
+    kda_path path = kda_path_of(p, blockIdx.x / splits);
+    if (threadIdx.x == 0)
+        kda_wide_init(m);
+    __syncthreads();
+    if (path.tiles < 0)
+        return;
+    kda_stretch all = kda_whole(p, path, 0);
+    if (warp < 4)
+        kda_wide_compute(m, p, path, all, column, warp);
+    else if (warp == 4)
+        kda_wide_load(m, p, path, all, column,
+                      [&](int i) { return tiles + (size_t)((path.place.tile + i) * p.HV + path.head) * wide_ring<KP>::TILE; });
+    else
+        kda_wide_store(m, p, path, all, column, [](int) {});
+}
+
+template <int KP> kl_status launch_wide(const kl_ctx *ctx, const kda_problem *p, const void *table, const void *tiles)
+{
+    int splits = (int)kda_ceil(p->V, KDA_WIDE_COLUMNS);
+    kl_grid g;
+    g.x = p->N * p->HV * splits;
+    g.threads = KDA_WIDE_THREADS;
+    g.shared = sizeof(wide_ring<KP>);
+    return kl_launch(ctx, "kda walk", g, walk_wide<KP>, kda_walk_of(p, table), (const unsigned char *)tiles, splits);
+}
+
+/* ---- any K, any device: warps walk ---- */
 
 enum { WARPS = 2, THREADS = 32 * (3 * WARPS + 1) }; /* state, output and input warps, and one that loads */
 
@@ -83,11 +122,13 @@ size_t kda_cuda_two_pass_shared(const kda_problem *p)
     return KP == 64 ? sizeof(two_pass_ring<64>) : KP == 128 ? sizeof(two_pass_ring<128>) : sizeof(two_pass_ring<256>);
 }
 
+static bool wide(const kl_ctx *ctx, const kda_problem *p) { return ctx->hopper && p->K <= 128; }
+
 size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
 {
     const kda_problem *p = (const kda_problem *)problem;
-    (void)ctx, (void)pass;
-    return kda_sequences_room(p) + (size_t)(kda_tile_count(p) * p->HV) * kda_tile_bytes(p->K);
+    (void)pass;
+    return kda_sequences_room(p) + (size_t)(kda_tile_count(p) * p->HV) * (wide(ctx, p) ? kda_core_tile_bytes(p->K) : kda_tile_bytes(p->K));
 }
 
 kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
@@ -97,10 +138,11 @@ kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *work
     KL_REQUIRE(!need || (workspace && bytes >= need), "kda: workspace: expected %zu bytes, got %zu", need, workspace ? bytes : 0);
     unsigned char *tiles = (unsigned char *)workspace + kda_sequences_room(p);
     KL_TRY(kda_sequences_upload(ctx, p, workspace));
-    KL_TRY(kda_cuda_prepare(ctx, p, workspace, tiles));
+    bool core = wide(ctx, p);
+    KL_TRY(kda_cuda_prepare(ctx, p, workspace, tiles, core));
     switch (kda_padded(p->K)) {
-    case 64: return launch_walk<64>(ctx, p, workspace, tiles);
-    case 128: return launch_walk<128>(ctx, p, workspace, tiles);
+    case 64: return core ? launch_wide<64>(ctx, p, workspace, tiles) : launch_walk<64>(ctx, p, workspace, tiles);
+    case 128: return core ? launch_wide<128>(ctx, p, workspace, tiles) : launch_walk<128>(ctx, p, workspace, tiles);
     default: return launch_walk<256>(ctx, p, workspace, tiles);
     }
 }

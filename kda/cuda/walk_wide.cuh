@@ -41,11 +41,11 @@ template <class Ring> __device__ __forceinline__ void kda_wide_init(Ring &r)
 {
     for (int i = 0; i < Ring::SLOTS; i++) {
         kl_mbar_init(&r.full[i], 33); /* the tile, and the loader's 32 threads with v */
-        kl_mbar_init(&r.empty[i], 4);
+        kl_mbar_init(&r.empty[i], 128);
     }
     for (int i = 0; i < 2; i++) {
-        kl_mbar_init(&r.written[i], 4);
-        kl_mbar_init(&r.stored[i], 1);
+        kl_mbar_init(&r.written[i], 128);
+        kl_mbar_init(&r.stored[i], 32);
     }
     kl_mbar_init_fence();
 }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void kda_wide_take(unsigned char *rows, const kda_wal
         }
         kl_copy_arrive(bar);
     } else {
-#pragma unroll 1
+#pragma unroll 8
         for (int e = 0; e < KDA_WIDE_CELLS * 8; e++) {
             int i = e / 8, c = e % 8;
             ((uint16_t *)(rows + x.place(i)))[c] = 4 * i < depth && c < x.columns ? from[4 * i * x.stride + c] : (uint16_t)0;
@@ -144,7 +144,7 @@ template <class Read> __device__ __forceinline__ void kda_wide_give(const unsign
             to += 4 * x.stride;
         }
     } else {
-#pragma unroll 1
+#pragma unroll 8
         for (int e = 0; e < KDA_WIDE_CELLS * 8; e++) {
             int i = e / 8, c = e % 8;
             if (4 * i < depth && c < x.columns)
@@ -169,6 +169,7 @@ __device__ __forceinline__ void kda_wide_load(Ring &m, const kda_walk &p, const 
         if (kl_lane() == 0) {
             kl_mbar_expect(&m.full[slot], Ring::TILE);
             kl_bulk_load(m.slot[slot].tile, fetch(i), Ring::TILE, &m.full[slot]);
+            kl_bulk_issued(&m.full[slot]);
         }
         __syncwarp();
         kda_wide_take(m.slot[slot].v, p, cells, &m.full[slot]);
@@ -184,11 +185,7 @@ __device__ __forceinline__ void kda_wide_store(Ring &m, const kda_walk &p, const
     for (int i = x.begin, n = x.number; i < x.end; i++, n++) {
         int place = n & 1;
         kl_mbar_wait(&m.written[place], n >> 1 & 1);
-        auto read = [&] {
-            __syncwarp();
-            if (kl_lane() == 0)
-                kl_mbar_arrive(&m.stored[place]);
-        };
+        auto read = [&] { kl_mbar_arrive(&m.stored[place]); };
         if (i >= x.from)
             kda_wide_give(m.o[place], p, cells, read);
         else
@@ -295,9 +292,7 @@ template <class Ring> struct kda_wide_warp {
 #pragma unroll
         for (int b = 0; b < 2; b++)
             kl_stmatrix4_trans(m.o[place] + fragment + 16 * KDA_WIDE_ROW * b, rounded_o[b]);
-        __syncwarp();
-        if (lane == 0)
-            kl_mbar_arrive(&m.written[place]);
+        kl_mbar_arrive(&m.written[place]);
     }
 
     /* Tiles first to last. Whether a barrier has been passed is asked ahead of the use. */
@@ -331,8 +326,7 @@ template <class Ring> struct kda_wide_warp {
             kl_wgmma_wait<2>();
             kda_wide_pack<STEPS>(rounded_s, &s[0][0]);
             kl_wgmma_wait<0>();
-            if (lane == 0)
-                kl_mbar_arrive(&m.empty[(unsigned)n % SLOTS]);
+            kl_mbar_arrive(&m.empty[(unsigned)n % SLOTS]);
         }
         kda_wide_pack<2>(rounded_o, &o[0][0]);
         kl_mbar_wait(&m.stored[last & 1], (last >> 1 & 1) ^ 1);
