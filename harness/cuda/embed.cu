@@ -85,6 +85,7 @@ template <class Y, int N> __global__ void __launch_bounds__(THREADS) add_runs(co
 {
     int64_t warp = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32, run = warp / a.across, d = (warp % a.across * 32 + kl_lane()) * N;
     int64_t first = run * RUN, last = first + RUN < a.p.T ? first + RUN : a.p.T, vocab = a.p.vocab, D = a.p.D;
+    kl_grid_release();
     if (run >= a.runs || d >= D)
         return;
     uint32_t id[RUN];

@@ -14,6 +14,7 @@ const int64_t LOGITS = (int64_t)2048 * 163840, FEWEST_TOKENS = 128, MOST_TOKENS 
 
 struct tile {
     layers_head_loss p;
+    int blocks;                    /* of a cluster; 1 where there are none */
     int64_t first, tokens, stride; /* tokens first .. first + tokens - 1; elements from row to row of logits */
     const float *logits;
     uint16_t *dlogits;             /* NULL: not wanted */
@@ -61,7 +62,7 @@ __device__ __forceinline__ softmax of_slice(const float *l, int64_t begin, int64
 }
 
 /* Over the cluster; every thread gets the same. */
-__device__ __forceinline__ softmax of_row(softmax s, softmax *memory)
+__device__ __forceinline__ softmax of_row(softmax s, softmax *memory, int blocks)
 {
     for (int m = 16; m; m >>= 1)
         s = joined(s, {__shfl_xor_sync(0xffffffffu, s.most, m), __shfl_xor_sync(0xffffffffu, s.sum, m)});
@@ -75,7 +76,7 @@ __device__ __forceinline__ softmax of_row(softmax s, softmax *memory)
         memory[0] = s;
     kl_cluster_sync();
     s = *kl_peer(memory, 0);
-    for (int block = 1; block < CLUSTER; block++)
+    for (int block = 1; block < blocks; block++)
         s = joined(s, *kl_peer(memory, block));
     kl_cluster_sync();
     return s;
@@ -86,12 +87,12 @@ __global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ tile a)
 {
     KL_SHARED(memory);
     const layers_head_loss &p = a.p;
-    int64_t row = blockIdx.x / CLUSTER, slice = (p.vocab + 4 * CLUSTER - 1) / (4 * CLUSTER) * 4;
+    int64_t row = blockIdx.x / a.blocks, slice = (p.vocab + 4 * a.blocks - 1) / (4 * a.blocks) * 4;
     int64_t begin = kl_cluster_rank() * slice, end = begin + slice < p.vocab ? begin + slice : p.vocab;
     int target = p.targets[a.first + row];
     const float *l = a.logits + row * a.stride;
     bool counts = target >= 0 && target < p.vocab;
-    softmax s = of_row(of_slice(l, begin, end), (softmax *)memory);
+    softmax s = of_row(of_slice(l, begin, end), (softmax *)memory, a.blocks);
     if (kl_cluster_rank() == 0 && threadIdx.x == 0)
         p.loss[a.first + row] = counts ? logf(s.sum) + (s.most - l[target]) : target < 0 ? 0.0f : __uint_as_float(0x7fc00000u);
     if (!a.dlogits)
@@ -203,6 +204,7 @@ kl_status cuda_head_loss(kl_ctx *ctx, const layers_head_loss *p, const layers_he
     tile a = {};
     a.p = *p;
     a.p.loss = p->loss ? p->loss : m.loss;
+    a.blocks = ctx->hopper ? CLUSTER : 1;
     a.stride = padded(p->vocab);
     a.logits = m.logits;
     a.dlogits = g ? m.dlogits : NULL;
@@ -220,8 +222,8 @@ kl_status cuda_head_loss(kl_ctx *ctx, const layers_head_loss *p, const layers_he
         logits.b_transposed = true;
         logits.y_dtype = KL_F32;
         KL_TRY(kl_gpu_product(ctx, &logits, 1.0f, x, weight, 0.0f, NULL, m.logits, m.product, KL_PRODUCT_WORKSPACE));
-        kl_grid grid = grid_of(a.tokens * CLUSTER, THREADS, (1 + THREADS / 32) * sizeof(softmax));
-        grid.cluster = CLUSTER;
+        kl_grid grid = grid_of(a.tokens * a.blocks, THREADS, (1 + THREADS / 32) * sizeof(softmax));
+        grid.cluster = a.blocks;
         KL_TRY(kl_launch(ctx, "head loss", grid, rows, a));
         if (g)
             KL_TRY(products_back(ctx, a, g, x, weight, m.product));

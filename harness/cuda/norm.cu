@@ -90,6 +90,7 @@ template <class X, class Y> struct ring {
         kl_bulk_load(dy(i), (const Y *)a.g.dy + t * a.p.y_stride, y, bar);
         if (a.g.dsum)
             kl_bulk_load(dsum(i), (const X *)a.g.dsum + t * a.p.x_stride, x, bar);
+        kl_bulk_issued(bar);
     }
     __device__ __forceinline__ void wait(int i) const { kl_mbar_wait(full + i % a.stages, i / a.stages % 2); }
 };
@@ -100,6 +101,7 @@ template <class X, class Y, int CELLS> __global__ void __launch_bounds__(THREADS
     KL_SHARED(memory);
     const layers_rmsnorm &p = a.p;
     int warp = (int)threadIdx.x / 32, lane = kl_lane();
+    kl_grid_release();
     int64_t begin = p.T * blockIdx.x / gridDim.x, end = p.T * (blockIdx.x + 1) / gridDim.x;
     ring<X, Y> rows = {a, (uint64_t *)memory + warp * a.stages, (char *)memory + BARRIERS + warp * a.stages * ring<X, Y>::bytes(p.D), begin + warp, end};
     if (lane == 0) {
@@ -110,7 +112,15 @@ template <class X, class Y, int CELLS> __global__ void __launch_bounds__(THREADS
             rows.bring(i);
     }
     __syncwarp();
-    float dw[CELLS][CELL] = {};
+    /* Beyond D a lane reads its row's first cell, for nothing: no branch keeps the loads of a row apart. */
+    float w[CELLS][CELL], dw[CELLS][CELL] = {};
+    int at[CELLS];
+#pragma unroll
+    for (int c = 0; c < CELLS; c++) {
+        int d = (c * 32 + lane) * CELL;
+        at[c] = d < p.D ? d : 0;
+        get_weights(w[c], p.weight, at[c], p.weight_dtype);
+    }
     for (int step = 0; rows.row(step) < end; step++) {
         const X *s = rows.s(step), *dsum = rows.dsum(step);
         const Y *dy = rows.dy(step);
@@ -118,37 +128,33 @@ template <class X, class Y, int CELLS> __global__ void __launch_bounds__(THREADS
         rows.wait(step);
 #pragma unroll
         for (int c = 0; c < CELLS; c++) {
-            int d = (c * 32 + lane) * CELL;
-            float x[CELL], e[CELL], w[CELL];
-            if (d >= p.D)
-                continue;
-            fetch_cell<X>(s, d).get(x);
-            fetch_cell<Y>(dy, d).get(e);
-            get_weights(w, p.weight, d, p.weight_dtype);
+            bool there = (c * 32 + lane) * CELL < p.D;
+            float x[CELL], e[CELL], part = 0.0f, along = 0.0f;
+            fetch_cell<X>(s, at[c]).get(x);
+            fetch_cell<Y>(dy, at[c]).get(e);
 #pragma unroll
             for (int i = 0; i < CELL; i++) {
-                squares += x[i] * x[i];
-                dot += e[i] * w[i] * x[i];
+                part += x[i] * x[i];
+                along += e[i] * w[c][i] * x[i];
             }
+            squares += there ? part : 0.0f;
+            dot += there ? along : 0.0f;
         }
         float r = rsqrtf(kl_warp_sum(squares) / (float)p.D + p.eps), back = kl_warp_sum(dot) / (float)p.D * r * r * r;
 #pragma unroll
         for (int c = 0; c < CELLS; c++) {
             int d = (c * 32 + lane) * CELL;
-            float x[CELL], e[CELL], w[CELL], more[CELL] = {};
-            if (d >= p.D)
-                continue;
-            fetch_cell<X>(s, d).get(x);
-            fetch_cell<Y>(dy, d).get(e);
-            get_weights(w, p.weight, d, p.weight_dtype);
+            float x[CELL], e[CELL], more[CELL] = {};
+            fetch_cell<X>(s, at[c]).get(x);
+            fetch_cell<Y>(dy, at[c]).get(e);
             if (a.g.dsum)
-                fetch_cell<X>(dsum, d).get(more);
+                fetch_cell<X>(dsum, at[c]).get(more);
 #pragma unroll
             for (int i = 0; i < CELL; i++) {
                 dw[c][i] += e[i] * x[i] * r;
-                x[i] = e[i] * w[i] * r - x[i] * back + more[i];
+                x[i] = e[i] * w[c][i] * r - x[i] * back + more[i];
             }
-            if (a.g.dx)
+            if (a.g.dx && d < p.D)
                 kda_row<X, CELL>::put((X *)a.g.dx + rows.row(step) * p.x_stride + d, x);
         }
         __syncwarp();
@@ -157,24 +163,23 @@ template <class X, class Y, int CELLS> __global__ void __launch_bounds__(THREADS
     }
     if (!a.share)
         return;
-    /* The block's share: its warps' sums in order, where the rows were. */
-    float *all = (float *)(memory + BARRIERS); /* [D] */
-    for (int turn = 0; turn < WARPS; turn++) {
-        __syncthreads();
-        if (warp != turn)
-            continue;
-#pragma unroll
-        for (int c = 0; c < CELLS; c++)
-#pragma unroll
-            for (int i = 0; i < CELL; i++) {
-                int d = (c * 32 + lane) * CELL + i;
-                if (d < p.D)
-                    all[d] = (turn ? all[d] : 0.0f) + dw[c][i];
-            }
-    }
+    /* The block's share: its warps' sums in order, where the rows were. Element i of a lane's cell c lies at [c][i][lane]. */
+    float *all = (float *)(memory + BARRIERS); /* [WARPS][CELLS][CELL][32] */
     __syncthreads();
-    for (int d = (int)threadIdx.x; d < p.D; d += THREADS)
-        a.share[blockIdx.x * p.D + d] = all[d];
+#pragma unroll
+    for (int c = 0; c < CELLS; c++)
+#pragma unroll
+        for (int i = 0; i < CELL; i++)
+            all[((warp * CELLS + c) * CELL + i) * 32 + lane] = dw[c][i];
+    __syncthreads();
+    for (int j = (int)threadIdx.x; j < CELLS * CELL * 32; j += THREADS) {
+        int d = (j / (CELL * 32) * 32 + j % 32) * CELL + j / 32 % CELL;
+        float sum = all[j];
+        for (int w = 1; w < WARPS; w++)
+            sum += all[w * CELLS * CELL * 32 + j];
+        if (d < p.D)
+            a.share[blockIdx.x * p.D + d] = sum;
+    }
 }
 
 /* ---- rows of any width ---- */
@@ -238,23 +243,28 @@ template <class X, class Y> __global__ void __launch_bounds__(THREADS) shares_an
     }
 }
 
-/* dweight += the shares: 32 columns a block, the shares of a column dealt to 8 threads, theirs added in order. */
-__global__ void __launch_bounds__(256) add_shares(const float *share, float *dweight, int64_t D, int shares)
+/* dweight += the shares: 32 columns a block, the shares of a column dealt to 32 warps, theirs added in order. All loads of a
+ * thread are under way together. */
+__global__ void __launch_bounds__(1024) add_shares(const float *share, float *dweight, int64_t D, int shares)
 {
+    enum { EACH = (SHARES + 31) / 32 };
     KL_SHARED(memory);
-    float *part = (float *)memory; /* [8][32] */
-    int64_t d = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
-    int from = (int)threadIdx.x / 32;
-    float sum = 0.0f;
+    float *part = (float *)memory, x[EACH], sum = 0.0f; /* [32][32] */
+    int64_t d = (int64_t)blockIdx.x * 32 + kl_lane();
+    int warp = (int)threadIdx.x / 32;
     kl_grid_wait();
-#pragma unroll 8
-    for (int s = from; d < D && s < shares; s += 8)
-        sum += share[s * D + d];
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        x[i] = d < D && i * 32 + warp < shares ? share[(i * 32 + warp) * D + d] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        sum += x[i];
     part[threadIdx.x] = sum;
     __syncthreads();
-    if (from > 0 || d >= D)
+    if (warp > 0 || d >= D)
         return;
-    for (int i = 1; i < 8; i++)
+#pragma unroll
+    for (int i = 1; i < 32; i++)
         sum += part[i * 32 + threadIdx.x];
     dweight[d] += sum;
 }
@@ -281,20 +291,26 @@ template <class X, class Y> kl_status run_forward(kl_ctx *ctx, const arguments &
 
 template <class X, class Y> kl_status run_backward(kl_ctx *ctx, arguments &a)
 {
-    kl_grid grid = grid_of(shares_of(a.p.T), THREADS);
-    if (whole_cells(a)) {
-        int64_t cells = divided(a.p.D, 32 * CELL), stages = ROOM / (WARPS * ring<X, Y>::bytes(a.p.D));
+    kl_grid grid = grid_of(shares_of(a.p.T), THREADS), none = grid;
+    bool fits = whole_cells(a);
+    int64_t cells = divided(a.p.D, 32 * CELL);
+    if (fits) {
+        int64_t stages = ROOM / (WARPS * ring<X, Y>::bytes(a.p.D)), sums = (cells <= 2 ? 2 : cells <= 5 ? 5 : 9) * CELL * 32 * (int64_t)sizeof(float);
         a.stages = stages < 2 ? 2 : stages > MOST_STAGES ? (int)MOST_STAGES : (int)stages;
-        grid.shared = (size_t)(BARRIERS + WARPS * a.stages * ring<X, Y>::bytes(a.p.D));
+        int64_t rows = a.stages * ring<X, Y>::bytes(a.p.D);
+        grid.shared = (size_t)(BARRIERS + WARPS * (rows > sums ? rows : sums));
+        fits = grid.shared <= ctx->shared_most;
+    }
+    if (fits) {
         KL_TRY(kl_launch(ctx, "rmsnorm backward", grid, cells <= 2 ? backward<X, Y, 2> : cells <= 5 ? backward<X, Y, 5> : backward<X, Y, 9>, a));
     } else {
         KL_TRY(kl_launch(ctx, "rmsnorm backward", grid_of(divided(a.p.T, WARPS), THREADS), backward_any<X, Y>, a));
         if (a.share)
-            KL_TRY(kl_launch(ctx, "rmsnorm backward", grid, shares_any<X, Y>, a));
+            KL_TRY(kl_launch(ctx, "rmsnorm backward", none, shares_any<X, Y>, a));
     }
     if (!a.share || a.p.T == 0)
         return kl_ok();
-    kl_grid add = grid_of(divided(a.p.D, 32), 256, 256 * sizeof(float));
+    kl_grid add = grid_of(divided(a.p.D, 32), 1024, 1024 * sizeof(float));
     add.overlap = true;
     return kl_launch(ctx, "rmsnorm dweight", add, add_shares, (const float *)a.share, a.g.dweight, a.p.D, (int)grid.x);
 }
