@@ -74,6 +74,8 @@ typedef struct kl_product {
     int64_t a_stride, b_stride, y_stride;
     bool a_transposed, b_transposed; /* a is stored [K,M], b [N,K] */
     kl_dtype y_dtype;
+    int64_t count;                           /* of such products, one behind the other; 0: one */
+    int64_t a_next, b_next, y_next;          /* elements from one to the next */
 } kl_product;
 enum { KL_PRODUCT_WORKSPACE = 32 << 20 };
 kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, const void *a, const void *b, float beta, const void *c,

@@ -152,9 +152,18 @@ kl_status kl_gpu_graph_launch(const kl_ctx *, kl_gpu_graph *) { return no_graphs
 void kl_gpu_graph_destroy(kl_gpu_graph *graph) { delete graph; }
 
 /* What cuBLASLt does elsewhere, element by element, the sums in float. */
-kl_status kl_gpu_product(kl_ctx *, const kl_product *p, float alpha, const void *a, const void *b, float beta, const void *c, void *y,
-                         void *, size_t)
+kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *p, float alpha, const void *a, const void *b, float beta, const void *c, void *y,
+                         void *memory, size_t bytes)
 {
+    size_t size = kl_dtype_size(p->y_dtype);
+    if (p->count > 1) {
+        kl_product one = *p;
+        one.count = 1;
+        for (int64_t i = 0; i < p->count; i++)
+            kl_gpu_product(ctx, &one, alpha, (const uint16_t *)a + i * p->a_next, (const uint16_t *)b + i * p->b_next, beta,
+                           (const char *)c + (size_t)(i * p->y_next) * size, (char *)y + (size_t)(i * p->y_next) * size, memory, bytes);
+        return kl_ok();
+    }
     const uint16_t *left = (const uint16_t *)a, *right = (const uint16_t *)b;
     for (int64_t m = 0; m < p->M; m++)
         for (int64_t n = 0; n < p->N; n++) {

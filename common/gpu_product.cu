@@ -20,6 +20,7 @@ struct library {
     decltype(&cublasLtMatmulDescSetAttribute) operation_set;
     decltype(&cublasLtMatrixLayoutCreate) layout_create;
     decltype(&cublasLtMatrixLayoutDestroy) layout_destroy;
+    decltype(&cublasLtMatrixLayoutSetAttribute) layout_set;
     decltype(&cublasLtMatmulPreferenceCreate) preference_create;
     decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy;
     decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set;
@@ -40,6 +41,7 @@ bool open_library(library *l)
         {&l->operation_create, "cublasLtMatmulDescCreate"}, {&l->operation_destroy, "cublasLtMatmulDescDestroy"},
         {&l->operation_set, "cublasLtMatmulDescSetAttribute"},
         {&l->layout_create, "cublasLtMatrixLayoutCreate"}, {&l->layout_destroy, "cublasLtMatrixLayoutDestroy"},
+        {&l->layout_set, "cublasLtMatrixLayoutSetAttribute"},
         {&l->preference_create, "cublasLtMatmulPreferenceCreate"}, {&l->preference_destroy, "cublasLtMatmulPreferenceDestroy"},
         {&l->preference_set, "cublasLtMatmulPreferenceSetAttribute"}, {&l->heuristic, "cublasLtMatmulAlgoGetHeuristic"}, {&l->matmul, "cublasLtMatmul"}};
     for (auto &w : wanted) {
@@ -66,7 +68,7 @@ struct question {
 bool same(const question &a, const question &b)
 {
     const kl_product &p = a.shape, &q = b.shape;
-    return p.M == q.M && p.N == q.N && p.K == q.K && p.a_stride == q.a_stride && p.b_stride == q.b_stride && p.y_stride == q.y_stride &&
+    return p.count == q.count && p.a_next == q.a_next && p.b_next == q.b_next && p.y_next == q.y_next && p.M == q.M && p.N == q.N && p.K == q.K && p.a_stride == q.a_stride && p.b_stride == q.b_stride && p.y_stride == q.y_stride &&
            p.a_transposed == q.a_transposed && p.b_transposed == q.b_transposed && p.y_dtype == q.y_dtype && a.alignment == b.alignment &&
            a.workspace == b.workspace;
 }
@@ -96,9 +98,14 @@ void release(const library &l, const plan &p)
 }
 
 /* A matrix [rows,columns], row after row, is its transpose to the library: columns first. */
-kl_status lay_out(const library &l, cublasLtMatrixLayout_t *layout, kl_dtype type, int64_t rows, int64_t columns, int64_t stride)
+kl_status lay_out(const library &l, cublasLtMatrixLayout_t *layout, kl_dtype type, int64_t rows, int64_t columns, int64_t stride, int64_t count, int64_t next)
 {
-    return check(l.layout_create(layout, type == KL_F32 ? CUDA_R_32F : CUDA_R_16BF, (uint64_t)columns, (uint64_t)rows, stride), "layout");
+    int32_t batch = (int32_t)count;
+    KL_TRY(check(l.layout_create(layout, type == KL_F32 ? CUDA_R_32F : CUDA_R_16BF, (uint64_t)columns, (uint64_t)rows, stride), "layout"));
+    if (count <= 1)
+        return kl_ok();
+    KL_TRY(check(l.layout_set(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch), "layout"));
+    return check(l.layout_set(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &next, sizeof next), "layout");
 }
 
 /* y^T = b^T a^T in the library's order. */
@@ -110,9 +117,9 @@ kl_status ask(const products &all, plan *p)
     KL_TRY(check(l.operation_create(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation"));
     KL_TRY(check(l.operation_set(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first), "operation"));
     KL_TRY(check(l.operation_set(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second), "operation"));
-    KL_TRY(lay_out(l, &p->b, KL_BF16, s.b_transposed ? s.N : s.K, s.b_transposed ? s.K : s.N, s.b_stride));
-    KL_TRY(lay_out(l, &p->a, KL_BF16, s.a_transposed ? s.K : s.M, s.a_transposed ? s.M : s.K, s.a_stride));
-    KL_TRY(lay_out(l, &p->y, s.y_dtype, s.M, s.N, s.y_stride));
+    KL_TRY(lay_out(l, &p->b, KL_BF16, s.b_transposed ? s.N : s.K, s.b_transposed ? s.K : s.N, s.b_stride, s.count, s.b_next));
+    KL_TRY(lay_out(l, &p->a, KL_BF16, s.a_transposed ? s.K : s.M, s.a_transposed ? s.M : s.K, s.a_stride, s.count, s.a_next));
+    KL_TRY(lay_out(l, &p->y, s.y_dtype, s.M, s.N, s.y_stride, s.count, s.y_next));
     cublasLtMatmulPreference_t preference;
     KL_TRY(check(l.preference_create(&preference), "preference"));
     l.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &p->asked.workspace, sizeof p->asked.workspace);
@@ -173,7 +180,8 @@ kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, cons
         return kl_ok();
     KL_TRY(open_products(ctx, &all));
     uint64_t places = (uintptr_t)a | (uintptr_t)b | (uintptr_t)y | (beta != 0.0f ? (uintptr_t)c : 0) | 2 * (uint64_t)shape->a_stride |
-                      2 * (uint64_t)shape->b_stride | kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_stride | 16;
+                      2 * (uint64_t)shape->b_stride | kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_stride | 2 * (uint64_t)shape->a_next | 2 * (uint64_t)shape->b_next |
+                      kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_next | 16;
     /* The library wants its workspace at multiples of 256 bytes. */
     void *place = workspace;
     size_t room = bytes;

@@ -24,7 +24,7 @@ typedef struct kl_shape {
     int64_t N, Tq, R, Dn, Dr, Dv;             /* mla */
     int64_t D, E, I, Is, top_k;               /* moe */
     int64_t new_tokens;                       /* model: tokens to decode */
-    /* layers: T, D, V words, I, and of projections N outputs, K inputs; C parameters */
+    /* layers: T, D, V words, I, and of projections N outputs, K inputs; C parameters, B matrices */
     kl_dtype latent, weight;
     int64_t lengths[KL_SHAPE_LENGTHS];
     int64_t length_count;                     /* 0: not packed */

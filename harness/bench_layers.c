@@ -46,6 +46,10 @@ static layers_spec spec_of(layers_op op, const kl_shape *s, kl_device device)
         p->linear = (layers_linear){.T = s->T, .N = s->N, .K = s->K, .x_dtype = type, .y_dtype = type, .weight_dtype = type};
         spec.g.linear = (layers_linear_grads){.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED};
         break;
+    case LAYERS_MLP:
+        p->mlp = (layers_mlp){.T = s->T, .D = s->D, .I = s->I, .dtype = type, .weight_dtype = type};
+        spec.g.mlp = (layers_mlp_grads){.dx = LAYERS_WANTED, .dgate_up = LAYERS_WANTED, .ddown = LAYERS_WANTED};
+        break;
     case LAYERS_HEAD_LOSS:
         p->head_loss = (layers_head_loss){.T = s->T, .D = s->D, .vocab = s->V, .x_dtype = type, .weight_dtype = type, .grad_scale = 1.0f / (float)(s->T ? s->T : 1), .sum = LAYERS_WANTED};
         spec.g.head_loss = (layers_head_loss_grads){.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED};
@@ -55,7 +59,7 @@ static layers_spec spec_of(layers_op op, const kl_shape *s, kl_device device)
                                   .sumsq = LAYERS_WANTED, .copy = cuda ? LAYERS_WANTED : NULL};
         break;
     case LAYERS_MUON:
-        p->muon = (layers_muon){.rows = s->N, .columns = s->K, .lr = 1e-3, .momentum = 0.95, .decay = 0.1, .clip = 1.0, .g_dtype = KL_F32, .sumsq = LAYERS_WANTED,
+        p->muon = (layers_muon){.rows = s->N, .columns = s->K, .count = s->B, .lr = 1e-3, .momentum = 0.95, .decay = 0.1, .clip = 1.0, .g_dtype = KL_F32, .sumsq = LAYERS_WANTED,
                                 .copy = LAYERS_WANTED};
         break;
     default: p->sumsq = (layers_sumsq){.n = s->N, .dtype = KL_F32}; break;
@@ -68,8 +72,9 @@ static kl_shape small(layers_op op, const kl_shape *s)
 {
     kl_shape t = *s;
     t.T = least(s->T, 48);
+    t.B = least(s->B, 2);
     t.V = least(s->V, 1000);
-    t.I = least(s->I, 1024);
+    t.I = least(s->I, op == LAYERS_MLP ? 256 : 1024);
     t.N = least(s->N, op == LAYERS_MUON ? 96 : op == LAYERS_LINEAR ? 256 : 100000);
     t.K = least(s->K, op == LAYERS_MUON ? 160 : s->K);
     return t;
@@ -118,7 +123,7 @@ static kl_status fill_tensor(const layers_case *c, const layers_case_tensor *t, 
     bool cuda = c->ctx->device == KL_CUDA, nothing = t->is.dtype == KL_F64 || strcmp(t->is.name, "v") == 0;
     if (t->is.dtype == KL_I32)
         return fill_indices(c, t, seed);
-    float stddev = strcmp(t->is.name, "weight") == 0 ? 2.0f / sqrtf((float)t->is.columns) : 1.0f;
+    float stddev = strcmp(t->is.name, "weight") == 0 || c->p.op == LAYERS_MLP ? 2.0f / sqrtf((float)t->is.columns) : 1.0f;
     if (nothing && cuda)
         return kl_gpu_fill(c->ctx, t->memory, 0, t->bytes);
     if (cuda)
@@ -209,8 +214,9 @@ static kl_shape sizes_of(layers_op op, const kl_shape *s)
     case LAYERS_RMSNORM: return (kl_shape){.T = s->T, .D = D};
     case LAYERS_EMBED: case LAYERS_HEAD_LOSS: return (kl_shape){.T = s->T, .D = D, .V = s->V};
     case LAYERS_SWIGLU: return (kl_shape){.T = s->T, .I = s->I};
+    case LAYERS_MLP: return (kl_shape){.T = s->T, .D = D, .I = s->I};
     case LAYERS_LINEAR: return (kl_shape){.T = s->T, .N = stacked ? 3 * 4096 + 2 * 128 + 32 : s->N, .K = or_else(s->K, D)};
-    case LAYERS_MUON: return (kl_shape){.N = or_else(s->K, D), .K = stacked ? 4096 : s->N};
+    case LAYERS_MUON: return (kl_shape){.B = s->B, .N = or_else(s->K, D), .K = stacked ? 4096 : s->N};
     default: return (kl_shape){.N = or_else(s->C, D * D * 12)};
     }
 }
@@ -228,9 +234,7 @@ static kl_status bench_op(kl_bench *b, layers_op op, const kl_shape *shape)
         if (!w)
             return kl_error(KL_ENOMEM, "bench: out of memory");
         w->b = b, w->variant = variant, w->pass = pass, w->spec = spec_of(op, &s, b->ctx->device);
-        kl_gpu_range_push(variant->name);
         kl_status status = measure(w, &s);
-        kl_gpu_range_pop();
         finish(w);
         free(w);
         KL_TRY(status);

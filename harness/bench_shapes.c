@@ -42,7 +42,7 @@ static const struct shape_key {
     size_t offset;
     int64_t low, high;
 } keys[] = {
-    {"B", "kda model", offsetof(kl_shape, B), 1, 1 << 24},
+    {"B", "kda layers model", offsetof(kl_shape, B), 1, 1 << 24},
     {"T", "kda mla moe layers model", offsetof(kl_shape, T), 0, INT64_C(1) << 36},
     {"H", "kda mla", offsetof(kl_shape, H), 1, 4096},
     {"HV", "kda", offsetof(kl_shape, HV), 1, 65536},

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 typedef enum layers_op {
-    LAYERS_RMSNORM = 0, LAYERS_EMBED, LAYERS_SWIGLU, LAYERS_LINEAR, LAYERS_HEAD_LOSS, LAYERS_ADAMW, LAYERS_MUON, LAYERS_SUMSQ, LAYERS_OPS
+    LAYERS_RMSNORM = 0, LAYERS_EMBED, LAYERS_SWIGLU, LAYERS_LINEAR, LAYERS_MLP, LAYERS_HEAD_LOSS, LAYERS_ADAMW, LAYERS_MUON, LAYERS_SUMSQ, LAYERS_OPS
 } layers_op;
 
 /* sum = x + add;  y = sum (mean sum^2 + eps)^-1/2 (.) weight.  Without add, sum is x and not written. */
@@ -83,6 +83,24 @@ typedef struct layers_linear_grads {
     bool accumulate; /* dx += */
 } layers_linear_grads;
 
+/* hidden = x gate_up^T = [gate | up];  y = (silu(gate) (.) up) down^T.  The weights of gate and up are stacked. */
+typedef struct layers_mlp {
+    int64_t T, D, I;
+    kl_dtype dtype, weight_dtype;
+    const void *x;       /* [T,D] */
+    const void *gate_up; /* [2I,D] */
+    const void *down;    /* [D,I] */
+    void *hidden;        /* [T,2I]; backward reads it */
+    void *y;             /* [T,D] */
+} layers_mlp;
+typedef struct layers_mlp_grads {
+    const void *dy;  /* [T,D] */
+    void *dx;        /* [T,D]; NULL: not wanted */
+    float *dgate_up; /* [2I,D]; NULL: not wanted */
+    float *ddown;    /* [D,I]; NULL: not wanted */
+    bool accumulate; /* dx += */
+} layers_mlp_grads;
+
 /* loss[t] = -log softmax(x[t] weight^T)[targets[t]], 0 where the target is negative; logits are never held for more than a
  * tile of tokens. The backward pass gives losses and gradients at once, of grad_scale times the sum of the losses. */
 typedef struct layers_head_loss {
@@ -129,13 +147,14 @@ typedef struct layers_adamw {
  *     w = w - lr ( 0.2 sqrt(max(rows, columns)) X + decay w ) */
 typedef struct layers_muon {
     int64_t rows, columns;
+    int64_t count; /* of such matrices, one behind the other, each made orthogonal by itself; 0: one */
     double lr, momentum, decay, clip;
     int steps; /* 0: 5 */
     const double *sumsq;
     kl_dtype g_dtype;
-    float *w, *m;   /* [rows,columns] */
-    const void *g;  /* [rows,columns] */
-    uint16_t *copy; /* [rows,columns]; NULL: not wanted */
+    float *w, *m;   /* [count,rows,columns] */
+    const void *g;  /* [count,rows,columns] */
+    uint16_t *copy; /* [count,rows,columns]; NULL: not wanted */
 } layers_muon;
 #define LAYERS_MUON_A 3.4445
 #define LAYERS_MUON_B (-4.7750)
@@ -150,6 +169,7 @@ typedef struct layers_problem {
         layers_embed embed;
         layers_swiglu swiglu;
         layers_linear linear;
+        layers_mlp mlp;
         layers_head_loss head_loss;
         layers_adamw adamw;
         layers_muon muon;
@@ -161,6 +181,7 @@ typedef union layers_grads {
     layers_embed_grads embed;
     layers_swiglu_grads swiglu;
     layers_linear_grads linear;
+    layers_mlp_grads mlp;
     layers_head_loss_grads head_loss;
 } layers_grads;
 

@@ -39,7 +39,7 @@ static bool named(const layers_case_tensor *t, const char *name) { return strcmp
 bool layers_case_writes(const layers_case_tensor *t, kl_pass pass)
 {
     bool written = t->is.role != LAYERS_INPUT && pass >= t->is.first && pass <= t->is.last;
-    return t->there && written && !(pass == KL_BACKWARD && named(t, "sum") && t->is.dtype != KL_F64);
+    return t->there && written && !(pass == KL_BACKWARD && (named(t, "hidden") || (named(t, "sum") && t->is.dtype != KL_F64)));
 }
 
 /* ---- numbers ---- */
@@ -67,7 +67,7 @@ static double draw(kl_rng *r, const layers_problem *p, const layers_case_tensor 
         return 1.0 + 0.2 * x;
     if (p->op == LAYERS_MUON && named(t, "w"))
         return 0.02 * x;
-    return named(t, "weight") && p->op != LAYERS_EMBED ? x * 2.0 / sqrt((double)t->is.columns) : x;
+    return (named(t, "weight") && p->op != LAYERS_EMBED) || named(t, "gate_up") || named(t, "down") ? x * 2.0 / sqrt((double)t->is.columns) : x;
 }
 
 static void fill(layers_case *c, uint64_t seed)
@@ -257,6 +257,8 @@ double layers_case_worst(const layers_case *c, kl_pass pass, const char **tensor
 const kl_tolerance *layers_case_tolerance(const layers_case *c)
 {
     bool products = c->p.op == LAYERS_LINEAR || c->p.op == LAYERS_HEAD_LOSS;
+    if (c->p.op == LAYERS_MLP)
+        return &kl_tol_moe_bf16;
     if (c->p.op == LAYERS_MUON)
         return &kl_tol_muon;
     if (products && on_device(c))

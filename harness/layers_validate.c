@@ -66,6 +66,24 @@ static void list_linear(layers_tensor **at, layers_linear *p, layers_linear_grad
     add(at, "dweight", &g->dweight, LAYERS_GRADIENT, KL_F32, p->N, p->K, 0, BWD, BWD);
 }
 
+static void list_mlp(layers_tensor **at, layers_mlp *p, layers_mlp_grads *g)
+{
+    add(at, "x", &p->x, LAYERS_INPUT, p->dtype, p->T, p->D, 0, FWD, BWD);
+    add(at, "gate_up", &p->gate_up, LAYERS_INPUT, p->weight_dtype, 2 * p->I, p->D, 0, FWD, BWD);
+    add(at, "down", &p->down, LAYERS_INPUT, p->weight_dtype, p->D, p->I, 0, FWD, BWD);
+    add(at, "hidden", &p->hidden, LAYERS_OUTPUT, p->dtype, p->T, 2 * p->I, 0, FWD, BWD);
+    add(at, "y", &p->y, LAYERS_OUTPUT, p->dtype, p->T, p->D, 0, FWD, FWD);
+    if (!g)
+        return;
+    add(at, "dy", &g->dy, LAYERS_INPUT, p->dtype, p->T, p->D, 0, BWD, BWD);
+    add(at, "dx", &g->dx, LAYERS_GRADIENT, p->dtype, p->T, p->D, 0, BWD, BWD);
+    (*at)[-1].accumulates = g->accumulate;
+    add(at, "dgate_up", &g->dgate_up, LAYERS_GRADIENT, KL_F32, 2 * p->I, p->D, 0, BWD, BWD);
+    (*at)[-1].accumulates = true;
+    add(at, "ddown", &g->ddown, LAYERS_GRADIENT, KL_F32, p->D, p->I, 0, BWD, BWD);
+    (*at)[-1].accumulates = true;
+}
+
 static void list_head_loss(layers_tensor **at, layers_head_loss *p, layers_head_loss_grads *g)
 {
     add(at, "x", &p->x, LAYERS_INPUT, p->x_dtype, p->T, p->D, 0, FWD, BWD);
@@ -92,10 +110,11 @@ static void list_adamw(layers_tensor **at, layers_adamw *p)
 static void list_muon(layers_tensor **at, layers_muon *p)
 {
     add(at, "sumsq", &p->sumsq, LAYERS_INPUT, KL_F64, 1, 1, 0, FWD, FWD);
-    add(at, "g", &p->g, LAYERS_INPUT, p->g_dtype, p->rows, p->columns, 0, FWD, FWD);
-    add(at, "w", &p->w, LAYERS_UPDATED, KL_F32, p->rows, p->columns, 0, FWD, FWD);
-    add(at, "m", &p->m, LAYERS_UPDATED, KL_F32, p->rows, p->columns, 0, FWD, FWD);
-    add(at, "copy", &p->copy, LAYERS_OUTPUT, KL_BF16, p->rows, p->columns, 0, FWD, FWD);
+    int64_t rows = (p->count ? p->count : 1) * p->rows;
+    add(at, "g", &p->g, LAYERS_INPUT, p->g_dtype, rows, p->columns, 0, FWD, FWD);
+    add(at, "w", &p->w, LAYERS_UPDATED, KL_F32, rows, p->columns, 0, FWD, FWD);
+    add(at, "m", &p->m, LAYERS_UPDATED, KL_F32, rows, p->columns, 0, FWD, FWD);
+    add(at, "copy", &p->copy, LAYERS_OUTPUT, KL_BF16, rows, p->columns, 0, FWD, FWD);
 }
 
 static void list_sumsq(layers_tensor **at, layers_sumsq *p)
@@ -110,7 +129,7 @@ static bool may_be_absent(const layers_problem *p, const layers_tensor *t, bool 
     switch (p->op) {
     case LAYERS_RMSNORM: return t->name[0] == 'd' ? t->name[1] != 'y' : t->field == &p->rmsnorm.add || (t->field == &p->rmsnorm.sum && !p->rmsnorm.add);
     case LAYERS_SWIGLU: return backward && t->field == &p->swiglu.y;
-    case LAYERS_LINEAR: return t->role == LAYERS_GRADIENT;
+    case LAYERS_LINEAR: case LAYERS_MLP: return t->role == LAYERS_GRADIENT;
     case LAYERS_HEAD_LOSS: return t->role == LAYERS_GRADIENT || t->role == LAYERS_OUTPUT;
     case LAYERS_ADAMW: return t->field == &p->adamw.sumsq || t->field == &p->adamw.copy;
     case LAYERS_MUON: return t->field == &p->muon.sumsq || t->field == &p->muon.copy;
@@ -126,6 +145,7 @@ int layers_tensors(layers_problem *p, layers_grads *g, layers_tensor list[LAYERS
     case LAYERS_EMBED: list_embed(&at, &p->embed, g ? &g->embed : NULL); break;
     case LAYERS_SWIGLU: list_swiglu(&at, &p->swiglu, g ? &g->swiglu : NULL); break;
     case LAYERS_LINEAR: list_linear(&at, &p->linear, g ? &g->linear : NULL); break;
+    case LAYERS_MLP: list_mlp(&at, &p->mlp, g ? &g->mlp : NULL); break;
     case LAYERS_HEAD_LOSS: list_head_loss(&at, &p->head_loss, g ? &g->head_loss : NULL); break;
     case LAYERS_ADAMW: list_adamw(&at, &p->adamw); break;
     case LAYERS_MUON: list_muon(&at, &p->muon); break;
@@ -178,6 +198,9 @@ static kl_status check_options(const layers_problem *p)
         return kl_ok();
     case LAYERS_MUON:
         KL_TRY(at_least(op, "steps", p->muon.steps, 0));
+        KL_TRY(at_least(op, "count", p->muon.count, 0));
+        KL_REQUIRE(p->muon.count < 1 << 16 && p->muon.rows < INT32_MAX && p->muon.columns < INT32_MAX, "muon: expected fewer than 65536 matrices of sides below 2^31, got %lld of [%lld,%lld]",
+                   (long long)p->muon.count, (long long)p->muon.rows, (long long)p->muon.columns);
         return fraction(op, "momentum", p->muon.momentum);
     default: return kl_ok();
     }

@@ -100,6 +100,38 @@ static kl_status solve_linear(layers_case *c, kl_pass pass)
     return kl_ok();
 }
 
+/* Gate and up are what the device keeps of them: rounded. */
+static kl_status solve_mlp(layers_case *c, kl_pass pass)
+{
+    const layers_mlp *p = &c->p.mlp;
+    int64_t T = p->T, D = p->D, I = p->I;
+    double *x = given(c, "x"), *gate_up = given(c, "gate_up"), *down = given(c, "down"), *unit = ref_zeros(T * I), *dunit = ref_zeros(T * I), *dhidden = ref_zeros(2 * T * I);
+    layers_case_tensor *hidden = find(c, "hidden");
+    if (unit && dunit && dhidden && pass == KL_FORWARD)
+        ref_linear_forward(T, D, 2 * I, x, gate_up, hidden->want);
+    for (int64_t i = 0; pass == KL_FORWARD && i < 2 * T * I; i++)
+        hidden->given[i] = layers_rounded(hidden->want[i], p->dtype);
+    const double *h = pass == KL_FORWARD ? hidden->want : hidden->given;
+    for (int64_t i = 0; unit && i < T * I; i++)
+        unit[i] = ref_silu(h[i / I * 2 * I + i % I]) * h[i / I * 2 * I + I + i % I];
+    if (unit && dunit && dhidden && pass == KL_FORWARD) {
+        ref_linear_forward(T, I, D, unit, down, answer(c, "y"));
+    } else if (unit && dunit && dhidden) {
+        ref_linear_backward(T, I, D, unit, down, given(c, "dy"), dunit, answer(c, "ddown"));
+        for (int64_t i = 0; i < T * I; i++) {
+            int64_t at = i / I * 2 * I + i % I;
+            dhidden[at] = dunit[i] * h[at + I] * ref_silu_derivative(h[at]);
+            dhidden[at + I] = dunit[i] * ref_silu(h[at]);
+        }
+        ref_linear_backward(T, D, 2 * I, x, gate_up, dhidden, answer(c, "dx"), answer(c, "dgate_up"));
+    }
+    bool done = unit && dunit && dhidden;
+    free(unit);
+    free(dunit);
+    free(dhidden);
+    return done ? kl_ok() : kl_error(KL_ENOMEM, "mlp reference: out of memory");
+}
+
 static kl_status solve_head_loss(layers_case *c, kl_pass pass)
 {
     const layers_head_loss *p = &c->p.head_loss;
@@ -141,13 +173,14 @@ static kl_status solve_optimizer(layers_case *c)
     const layers_adamw *a = &c->p.adamw;
     const layers_muon *m = &c->p.muon;
     bool muon = c->p.op == LAYERS_MUON;
-    int64_t n = muon ? m->rows * m->columns : a->n;
+    int64_t matrix = m->rows * m->columns, n = muon ? (m->count ? m->count : 1) * matrix : a->n;
     double *g = clipped(c, muon ? m->clip : a->clip, n), *w = answer(c, "w"), *copy = answer(c, "copy");
     int failed = !g;
-    if (g && muon)
-        failed = ref_muon(m->rows, m->columns, w, g, answer(c, "m"), m->lr, m->momentum, m->decay, m->steps ? m->steps : LAYERS_MUON_STEPS);
-    else if (g)
-        ref_adamw(n, w, g, answer(c, "m"), answer(c, "v"), a->lr, a->beta1, a->beta2, a->eps, a->decay, a->step);
+    double *momentum = answer(c, "m");
+    for (int64_t at = 0; g && muon && at < n; at += matrix)
+        failed |= ref_muon(m->rows, m->columns, w + at, g + at, momentum + at, m->lr, m->momentum, m->decay, m->steps ? m->steps : LAYERS_MUON_STEPS);
+    if (g && !muon)
+        ref_adamw(n, w, g, momentum, answer(c, "v"), a->lr, a->beta1, a->beta2, a->eps, a->decay, a->step);
     if (copy)
         memcpy(copy, w, (size_t)n * sizeof *copy);
     free(g);
@@ -161,6 +194,7 @@ kl_status layers_case_solve(layers_case *c, kl_pass pass)
     case LAYERS_EMBED: solve_embed(c, pass); return kl_ok();
     case LAYERS_SWIGLU: solve_swiglu(c, pass); return kl_ok();
     case LAYERS_LINEAR: return solve_linear(c, pass);
+    case LAYERS_MLP: return solve_mlp(c, pass);
     case LAYERS_HEAD_LOSS: return solve_head_loss(c, pass);
     case LAYERS_SUMSQ: {
         double *sum = answer(c, "sum");

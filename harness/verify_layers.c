@@ -79,6 +79,19 @@ static void add_linear(list *l, int64_t T, int64_t N, int64_t K, bool accumulate
     }
 }
 
+static void add_mlp(list *l, int64_t T, int64_t D, int64_t I)
+{
+    for (int i = 0; l->device && i < 2; i++) {
+        char sizes[64];
+        snprintf(sizes, sizeof sizes, "mlp T %lld D %lld I %lld", (long long)T, (long long)D, (long long)I);
+        layers_spec *s = next(l, sizes, pairs[i][0], pairs[i][0]);
+        s->p.op = LAYERS_MLP;
+        s->p.mlp = (layers_mlp){.T = T, .D = D, .I = I, .dtype = pairs[i][0], .weight_dtype = pairs[i][0]};
+        s->g.mlp = (layers_mlp_grads){.dx = LAYERS_WANTED, .dgate_up = LAYERS_WANTED, .ddown = LAYERS_WANTED, .accumulate = i};
+        s->backward = true;
+    }
+}
+
 static void add_head_loss(list *l, int64_t T, int64_t D, int64_t vocab)
 {
     for (int i = 0; i < (l->device ? 3 : 1); i++) {
@@ -111,7 +124,7 @@ static void add_optimizers(list *l, int64_t rows, int64_t columns, bool clipped)
         snprintf(sizes, sizeof sizes, "muon [%lld,%lld]%s", (long long)rows, (long long)columns, clipped ? " clipped" : "");
         s = next(l, sizes, pairs[i][0], pairs[i][0]);
         s->p.op = LAYERS_MUON;
-        s->p.muon = (layers_muon){.rows = rows, .columns = columns, .lr = 1.0, .momentum = 0.95, .decay = 0.1, .clip = 1.0, .g_dtype = pairs[i][0],
+        s->p.muon = (layers_muon){.rows = rows, .columns = columns, .count = clipped ? 3 : 0, .lr = 1.0, .momentum = 0.95, .decay = 0.1, .clip = 1.0, .g_dtype = pairs[i][0],
                                   .sumsq = clipped ? LAYERS_WANTED : NULL, .copy = i ? LAYERS_WANTED : NULL};
     }
 }
@@ -127,6 +140,7 @@ static void fill(list *l)
     add_swiglu(l, 3, 35, false);
     add_linear(l, 37, 48, 72, false);
     add_linear(l, 5, 33, 24, true);
+    add_mlp(l, 21, 40, 56);
     add_head_loss(l, kl_gpu_emulated() ? 6 : 2100, 40, 333); /* more than one tile */
     add_optimizers(l, 48, 80, true);
     add_optimizers(l, 51, 23, false);

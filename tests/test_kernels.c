@@ -216,6 +216,7 @@ static void run_layers(kl_ctx *ctx)
         {.p = {.op = LAYERS_EMBED, .embed = {.T = 9, .D = 8, .vocab = 3}}},
         {.p = {.op = LAYERS_SWIGLU, .swiglu = {.T = 2, .I = 8, .y = LAYERS_WANTED}}},
         {.p = {.op = LAYERS_LINEAR, .linear = {.T = 2, .N = 8, .K = 8}}, .g.linear = {.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED}},
+        {.p = {.op = LAYERS_MLP, .mlp = {.T = 2, .D = 8, .I = 8}}, .g.mlp = {.dx = LAYERS_WANTED}},
         {.p = {.op = LAYERS_HEAD_LOSS, .head_loss = {.T = 1, .D = 8, .vocab = 8, .sum = LAYERS_WANTED}}, .g.head_loss = {.dx = LAYERS_WANTED, .dweight = LAYERS_WANTED}},
         {.p = {.op = LAYERS_ADAMW, .adamw = {.n = 8, .step = 1, .eps = 1e-8}}},
         {.p = {.op = LAYERS_MUON, .muon = {.rows = 2, .columns = 4}}},

@@ -139,6 +139,17 @@ static void linear(void **state)
         }
 }
 
+static void mlp(void **state)
+{
+    (void)state;
+    for (int t = 0; t < 2; t++) {
+        kl_dtype type = t ? KL_F32 : KL_BF16;
+        layers_spec s = {.p = {.op = LAYERS_MLP, .mlp = {.T = 21, .D = 24, .I = 40, .dtype = type, .weight_dtype = type}},
+                         .g.mlp = {.dx = LAYERS_WANTED, .dgate_up = LAYERS_WANTED, .ddown = LAYERS_WANTED, .accumulate = t}};
+        check(&s);
+    }
+}
+
 static void head_loss(void **state)
 {
     (void)state;
@@ -160,7 +171,7 @@ static void optimizers(void **state)
         void *wanted = i ? NULL : LAYERS_WANTED;
         layers_spec adamw = {.p = {.op = LAYERS_ADAMW, .adamw = {.n = R * C, .step = 3, .lr = 0.1, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay = 0.1, .clip = 1.0,
                                                                  .g_dtype = pairs[i][0], .sumsq = wanted, .copy = wanted}}};
-        layers_spec muon = {.p = {.op = LAYERS_MUON, .muon = {.rows = R, .columns = C, .lr = 1.0, .momentum = 0.95, .decay = 0.1, .clip = 1.0, .g_dtype = pairs[i][0],
+        layers_spec muon = {.p = {.op = LAYERS_MUON, .muon = {.rows = R, .columns = C, .count = i ? 2 : 0, .lr = 1.0, .momentum = 0.95, .decay = 0.1, .clip = 1.0, .g_dtype = pairs[i][0],
                                                               .sumsq = wanted, .copy = wanted}}};
         layers_spec sumsq = {.p = {.op = LAYERS_SUMSQ, .sumsq = {.n = R * C, .dtype = pairs[i][0], .accumulate = i}}};
         check(&adamw);
@@ -210,7 +221,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(rmsnorm),       cmocka_unit_test(embed),      cmocka_unit_test(embed_refuses_by_nan), cmocka_unit_test(swiglu),
-        cmocka_unit_test(linear),        cmocka_unit_test(head_loss),  cmocka_unit_test(optimizers),           cmocka_unit_test(newton_schulz),
+        cmocka_unit_test(linear),        cmocka_unit_test(mlp),       cmocka_unit_test(head_loss),  cmocka_unit_test(optimizers),           cmocka_unit_test(newton_schulz),
         cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);

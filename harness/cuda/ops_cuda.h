@@ -31,6 +31,11 @@ size_t cuda_linear_workspace(const layers_linear *p, kl_pass pass);
 kl_status cuda_linear(kl_ctx *ctx, const layers_linear *p, void *workspace, size_t bytes);
 kl_status cuda_linear_backward(kl_ctx *ctx, const layers_linear *p, const layers_linear_grads *g, void *workspace, size_t bytes);
 
+/* mlp.cu */
+size_t cuda_mlp_workspace(const layers_mlp *p, kl_pass pass);
+kl_status cuda_mlp(kl_ctx *ctx, const layers_mlp *p, void *workspace, size_t bytes);
+kl_status cuda_mlp_backward(kl_ctx *ctx, const layers_mlp *p, const layers_mlp_grads *g, void *workspace, size_t bytes);
+
 /* head_loss.cu; grads NULL: losses alone */
 size_t cuda_head_loss_workspace(const layers_head_loss *p, kl_pass pass);
 kl_status cuda_head_loss(kl_ctx *ctx, const layers_head_loss *p, const layers_head_loss_grads *g, void *workspace, size_t bytes);
