@@ -123,14 +123,56 @@ kl_status moe_cuda_takes(const moe_problem *p)
     return kl_ok();
 }
 
-kl_status moe_cuda_enter(const kl_ctx *ctx, const moe_problem *p)
+/* Half of a multiprocessor's shared memory, so that one launch may begin while another ends. */
+enum { CUDA_FEW_TOKENS = 8, CUDA_FEW_BYTES = 112 << 10 };
+
+kl_status moe_cuda_takes_few(const moe_problem *p)
+{
+    KL_TRY(moe_cuda_takes(p));
+    if (p->T > CUDA_FEW_TOKENS)
+        return kl_error(KL_EUNSUPPORTED, "moe: T: recurrent takes at most %d tokens on cuda, got %lld", CUDA_FEW_TOKENS, (long long)p->T);
+    int64_t slots = (p->E ? p->top_k : 0) + 1, wide = (p->E ? p->top_k * p->I : 0) + p->Is;
+    int64_t a_token = 2 * (wide > p->D ? wide : p->D) + 8 * (p->E + slots) + 4 * slots * (p->D / 8 + 1);
+    if (p->T * a_token > CUDA_FEW_BYTES)
+        return kl_error(KL_EUNSUPPORTED, "moe: T: recurrent takes at most %lld tokens of this size on cuda, got %lld", (long long)(CUDA_FEW_BYTES / a_token), (long long)p->T);
+    return kl_ok();
+}
+
+static kl_status enter_cuda(const kl_ctx *ctx, const moe_problem *p)
 {
     KL_REQUIRE(ctx, "moe: ctx: expected a context, got NULL");
     KL_TRY(moe_validate(ctx, p));
-    KL_TRY(moe_cuda_takes(p));
-    KL_REQUIRE(p->y || p->T == 0, "moe: y: expected [%lld,%lld], got NULL", (long long)p->T, (long long)p->D);
-    const struct { const char *name; const void *at; } tensors[] = {{"x", p->x}, {"y", p->y}, {"router", p->router}};
-    for (int i = 0; i < 3; i++)
-        KL_REQUIRE((uintptr_t)tensors[i].at % 16 == 0, "moe: %s: expected an address that is a multiple of 16, got %p", tensors[i].name, tensors[i].at);
+    return moe_cuda_takes(p);
+}
+
+static kl_status check_aligned(const char *name, const void *at)
+{
+    KL_REQUIRE((uintptr_t)at % 16 == 0, "moe: %s: expected an address that is a multiple of 16, got %p", name, at);
     return kl_ok();
+}
+
+kl_status moe_cuda_enter(const kl_ctx *ctx, const moe_problem *p)
+{
+    KL_TRY(enter_cuda(ctx, p));
+    KL_REQUIRE(p->y || p->T == 0, "moe: y: expected [%lld,%lld], got NULL", (long long)p->T, (long long)p->D);
+    KL_TRY(check_aligned("x", p->x));
+    KL_TRY(check_aligned("y", p->y));
+    return check_aligned("router", p->router);
+}
+
+kl_status moe_cuda_enter_backward(const kl_ctx *ctx, const moe_problem *p, const moe_grads *g)
+{
+    KL_TRY(enter_cuda(ctx, p));
+    KL_TRY(moe_validate_grads(p, g));
+    KL_TRY(check_aligned("x", p->x));
+    KL_TRY(check_aligned("router", p->router));
+    KL_TRY(check_aligned("dy", g->dy));
+    KL_TRY(check_aligned("dx", g->dx));
+    const struct { const char *name; float *const *list; } lists[] = {{"dw1", g->dw1}, {"dw3", g->dw3}, {"dw2", g->dw2}};
+    for (int i = 0; i < 3; i++)
+        for (int64_t e = 0; lists[i].list && e < p->E; e++)
+            KL_TRY(check_aligned(lists[i].name, lists[i].list[e]));
+    KL_TRY(check_aligned("dshared_w1", g->dshared_w1));
+    KL_TRY(check_aligned("dshared_w3", g->dshared_w3));
+    return check_aligned("dshared_w2", g->dshared_w2);
 }

@@ -20,10 +20,16 @@ static kl_status takes_forward(const void *problem, kl_pass pass)
 }
 
 #ifdef KL_HAVE_CUDA
-static kl_status takes_on_cuda(const void *problem, kl_pass pass)
+static kl_status takes_few_on_cuda(const void *problem, kl_pass pass)
 {
     if (pass == KL_BACKWARD)
-        return kl_error(KL_EUNSUPPORTED, "moe: chunk has no backward pass on cuda");
+        return kl_error(KL_EUNSUPPORTED, "moe: recurrent has no backward pass; chunk has");
+    return moe_cuda_takes_few(problem);
+}
+
+static kl_status takes_on_cuda(const void *problem, kl_pass pass)
+{
+    (void)pass;
     return moe_cuda_takes(problem);
 }
 #endif
@@ -58,9 +64,14 @@ static const kl_variant variants[] = {
     },
 #ifdef KL_HAVE_CUDA
     {
+        .family = "moe", .name = "recurrent", .device = KL_CUDA,
+        .summary = "a few tokens: the chosen experts' weights stream past once, a warp a row",
+        .check = takes_few_on_cuda, .workspace = moe_cuda_recurrent_workspace, .forward = moe_cuda_recurrent_forward, .cost = cost,
+    },
+    {
         .family = "moe", .name = "chunk", .device = KL_CUDA,
         .summary = "rows of all experts sorted, two grouped products by warpgroups, rows of a token added in order",
-        .check = takes_on_cuda, .workspace = moe_cuda_chunk_workspace, .forward = moe_cuda_chunk_forward, .cost = cost,
+        .check = takes_on_cuda, .workspace = moe_cuda_chunk_workspace, .forward = moe_cuda_chunk_forward, .backward = moe_cuda_chunk_backward, .cost = cost,
     },
 #endif
 };
@@ -73,12 +84,23 @@ const kl_variant *moe_variants(int *count)
 }
 
 /* Up to this many tokens it is better to stream weights than to group tokens. */
-enum { FEW_TOKENS = 1 };
+enum { FEW_TOKENS = 1, FEW_TOKENS_CUDA = 2 };
+
+static bool streams(kl_device device, const moe_problem *p, kl_pass pass)
+{
+    if (pass == KL_BACKWARD || p->T > (device == KL_CUDA ? FEW_TOKENS_CUDA : FEW_TOKENS))
+        return false;
+#ifdef KL_HAVE_CUDA
+    return device == KL_CPU || !kl_failed(moe_cuda_takes_few(p));
+#else
+    return true;
+#endif
+}
 
 const kl_variant *moe_pick(kl_device device, const char *name, const moe_problem *p, kl_pass pass)
 {
     if (!name)
-        name = device == KL_CPU && pass == KL_FORWARD && p->T <= FEW_TOKENS ? "recurrent" : "chunk";
+        name = streams(device, p, pass) ? "recurrent" : "chunk";
     for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
         if (variants[i].device == device && strcmp(variants[i].name, name) == 0)
             return &variants[i];

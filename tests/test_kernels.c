@@ -24,7 +24,7 @@ typedef struct budget {
     int met;
 } budget;
 
-enum { BUDGETS = 128 };
+enum { BUDGETS = 256 };
 static budget budgets[BUDGETS];
 static int budget_count;
 
@@ -171,7 +171,7 @@ static void run_everything(kl_ctx *ctx)
         kl_case_free(&kda);
     }
     kl_case moe[2];
-    assert_ok(kl_case_moe(&moe[0], &(kl_moe_spec){.T = 300, .D = 72, .E = 2, .I = 40, .top_k = 1, .weight_dtype = KL_BF16, .seed = 1}));
+    assert_ok(kl_case_moe(&moe[0], &(kl_moe_spec){.T = 300, .D = 72, .E = 2, .I = 40, .top_k = 1, .weight_dtype = KL_BF16, .backward = true, .seed = 1}));
     assert_ok(kl_case_moe(&moe[1], &(kl_moe_spec){.T = 1, .D = 72, .E = 256, .I = 40, .top_k = 8, .weight_dtype = KL_BF16, .seed = 1}));
     for (int i = 0; i < 2; i++) {
         run_variants(ctx, &moe[i], &scratch);

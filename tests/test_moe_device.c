@@ -85,6 +85,8 @@ static void check(kl_moe_spec spec)
     build(&c, spec);
     assert_ok(kl_case_upload(ctx, &c));
     check_pass(&c, KL_FORWARD);
+    if (spec.backward)
+        check_pass(&c, KL_BACKWARD);
     kl_case_free(&c);
 }
 
@@ -93,7 +95,7 @@ static void check(kl_moe_spec spec)
 static void presets(void **state)
 {
     NEEDS_DEVICE();
-    check((kl_moe_spec){.T = 5, .D = 96, .E = 8, .I = 48, .top_k = 2, .Is = 48, .renormalize = true, .scale = 2.446f});
+    check((kl_moe_spec){.T = 5, .D = 96, .E = 8, .I = 48, .top_k = 2, .Is = 48, .renormalize = true, .scale = 2.446f, .backward = true});
     check((kl_moe_spec){.T = 40, .D = 128, .E = 4, .I = 64, .top_k = 2, .Is = 64, .renormalize = true, .scale = 2.446f});
     check((kl_moe_spec){.T = 3, .D = 512, .E = 16, .I = 176, .top_k = 4, .Is = 176, .renormalize = true, .scale = 2.446f});
 }
@@ -105,16 +107,25 @@ static void one_token(void **state)
         check((kl_moe_spec){.T = 1, .D = 64, .E = 8, .I = 40, .top_k = k, .Is = k % 2 ? 24 : 0, .renormalize = k > 1});
 }
 
+/* As many as the recurrent form takes. */
+static void a_few_tokens(void **state)
+{
+    NEEDS_DEVICE();
+    check((kl_moe_spec){.T = 8, .D = 264, .E = 8, .I = 72, .top_k = 2, .Is = 40, .renormalize = true});
+    check((kl_moe_spec){.T = 3, .D = 1032, .E = 3, .I = 520, .top_k = 1});
+    check((kl_moe_spec){.T = 2, .D = 64, .E = 16, .I = 40, .top_k = 3, .n_group = 4, .topk_group = 2, .router_kind = MOE_SOFTMAX});
+}
+
 static void no_token(void **state)
 {
     NEEDS_DEVICE();
-    check((kl_moe_spec){.T = 0, .D = 64, .E = 8, .I = 40, .top_k = 2, .Is = 8});
+    check((kl_moe_spec){.T = 0, .D = 64, .E = 8, .I = 40, .top_k = 2, .Is = 8, .backward = true});
 }
 
 static void experts_that_are_no_power_of_two(void **state)
 {
     NEEDS_DEVICE();
-    check((kl_moe_spec){.T = 33, .D = 72, .E = 5, .I = 40, .top_k = 3, .renormalize = true});
+    check((kl_moe_spec){.T = 33, .D = 72, .E = 5, .I = 40, .top_k = 3, .renormalize = true, .backward = true});
     check((kl_moe_spec){.T = 7, .D = 8, .E = 67, .I = 8, .top_k = 32, .Is = 16, .renormalize = true});
 }
 
@@ -122,7 +133,7 @@ static void groups_softmax_and_biased_weights(void **state)
 {
     NEEDS_DEVICE();
     check((kl_moe_spec){.T = 35, .D = 64, .E = 16, .I = 24, .top_k = 4, .n_group = 4, .topk_group = 2, .renormalize = true});
-    check((kl_moe_spec){.T = 18, .D = 64, .E = 12, .I = 24, .top_k = 3, .n_group = 3, .topk_group = 1, .router_kind = MOE_SOFTMAX, .biased_weights = true, .renormalize = true});
+    check((kl_moe_spec){.T = 18, .D = 64, .E = 12, .I = 24, .top_k = 3, .n_group = 3, .topk_group = 1, .router_kind = MOE_SOFTMAX, .biased_weights = true, .renormalize = true, .backward = true});
     check((kl_moe_spec){.T = 18, .D = 64, .E = 40, .I = 24, .top_k = 6, .router_kind = MOE_SOFTMAX, .scale = 1.5f});
 }
 
@@ -130,14 +141,14 @@ static void shared_expert_alone(void **state)
 {
     NEEDS_DEVICE();
     check((kl_moe_spec){.T = 9, .D = 256, .Is = 1024});
-    check((kl_moe_spec){.T = 230, .D = 64, .Is = 136});
+    check((kl_moe_spec){.T = 230, .D = 64, .Is = 136, .backward = true});
 }
 
 /* Few experts with many tokens: pairs of blocks share weights. */
 static void many_rows_an_expert(void **state)
 {
     NEEDS_DEVICE();
-    check((kl_moe_spec){.T = 420, .D = 72, .E = 2, .I = 136, .top_k = 1, .Is = 72, .renormalize = true});
+    check((kl_moe_spec){.T = 420, .D = 72, .E = 2, .I = 136, .top_k = 1, .Is = 72, .backward = true});
     check((kl_moe_spec){.T = 150, .D = 264, .E = 2, .I = 40, .top_k = 2, .renormalize = true});
 }
 
@@ -295,6 +306,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(presets),
         cmocka_unit_test(one_token),
+        cmocka_unit_test(a_few_tokens),
         cmocka_unit_test(no_token),
         cmocka_unit_test(experts_that_are_no_power_of_two),
         cmocka_unit_test(groups_softmax_and_biased_weights),

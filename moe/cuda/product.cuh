@@ -1,37 +1,27 @@
 /* Grouped products by warpgroups: rows of x, sorted by expert, times that expert's weights,
  *
- *     y[r,:] = w_e x[r,:]      or, of two weights whose rows lie eight by eight beside each other,      y[r,:] = silu(w1_e x[r,:]) (.) w3_e x[r,:]
+ *     y[r,:] = w_e x[r,:]   or   w_e^T x[r,:]   or, of two weights whose rows lie eight by eight beside each other,   silu(w1_e x[r,:]) (.) w3_e x[r,:]
  *
  * Weights are the matrix unit's first operand, 256 rows a block, so that a tile has as many tokens as there are, in eights.
  * One warpgroup fetches: weights by tensor copies, rows of x one by one through their index; two multiply, 128 rows of weights each,
  * and are apart by as much as the ring of stages allows, so that one stores while the other multiplies. Blocks of a cluster
  * take neighbouring tiles of one expert, and each fetches its share of the weights for all.
  *
- * A stage's `full` counts the fetching threads and the weights' bytes, `empty` the multiplying warps of the whole cluster. */
+ * A stage's `full` counts the fetching threads' copies and the weights' bytes, `empty` the multiplying warps of the whole cluster. The
+ * copies arrive by themselves; who multiplies puts the fence between them and the matrix unit, since a thread that fetches
+ * would wait in it for all copies that it has under way. */
 #ifndef KL_MOE_CUDA_PRODUCT_CUH
 #define KL_MOE_CUDA_PRODUCT_CUH
 
-#include "moe/cuda/moe_cuda.cuh"
-
-struct moe_product {
-    kl_tensor_map weight;     /* (column, row of eight, which of two, eight rows, expert) */
-    const uint16_t *x;        /* [.., K] */
-    const int *token;         /* row r is x[token[r]]; NULL: x[r] */
-    uint16_t *y;              /* [rows,width] */
-    const moe_group *group;   /* NULL: one expert has all rows */
-    const int *groups;        /* how many */
-    int rows, tile;           /* of that one expert */
-    int K, width, across;     /* blocks of weights over width */
-    bool up_first;            /* the second of the two weights lies first */
-};
+#include "moe/cuda/chunk.cuh"
 
 enum { MOE_K = 64, MOE_HALF_BYTES = 128 * 2 * MOE_K, MOE_PRODUCT_THREADS = 384 };
 
 /* CLUSTER blocks share weights; MOST tokens a tile at most. */
-template <int CLUSTER_, int MOST_, int STAGES_, bool SWIGLU_> struct moe_form {
-    static constexpr int CLUSTER = CLUSTER_, MOST = MOST_, STAGES = STAGES_, LAG = STAGES_ - 2;
-    static constexpr bool SWIGLU = SWIGLU_;
-    static constexpr int COLUMNS = SWIGLU ? 64 : 128; /* of y, that 128 rows of weights make */
+template <int CLUSTER_, int MOST_, int STAGES_, moe_kind KIND_> struct moe_form {
+    static constexpr int CLUSTER = CLUSTER_, MOST = MOST_, STAGES = STAGES_;
+    static constexpr moe_kind KIND = KIND_;
+    static constexpr int COLUMNS = KIND == MOE_SWIGLU ? 64 : 128; /* of y, that 128 rows of weights make */
     struct shared {
         unsigned char w[STAGES][2][MOE_HALF_BYTES], x[STAGES][MOST * 2 * MOE_K];
         unsigned char y[2][(MOST + 31) / 32 * 32 * 128];
@@ -62,34 +52,45 @@ __device__ __forceinline__ unsigned char *moe_piece(unsigned char *rows, int row
 
 /* ---- fetching ---- */
 
-template <class F> __device__ __forceinline__ void moe_fetch_weights(typename F::shared &m, const moe_product &p, const moe_item &it, int slot, int k, int rank)
+template <class F> __device__ __forceinline__ void moe_fetch_weights(typename F::shared &m, const moe_product &p, const moe_item &it, int slot, int k, int rank, int more)
 {
-    constexpr int EIGHTS = F::COLUMNS / 8;
-    kl_mbar_expect(&m.full[slot], 2 * MOE_HALF_BYTES);
-    if (F::CLUSTER > 1) {
-        kl_tensor_load_multicast(m.w[slot][rank], &p.weight, k, 0, 0, (2 * it.column + rank) * EIGHTS, it.expert, &m.full[slot], 3);
-    } else {
-        kl_tensor_load(m.w[slot][0], &p.weight, k, 0, 0, 2 * it.column * EIGHTS, it.expert, &m.full[slot]);
-        kl_tensor_load(m.w[slot][1], &p.weight, k, 0, 0, (2 * it.column + 1) * EIGHTS, it.expert, &m.full[slot]);
+    kl_mbar_expect(&m.full[slot], 2 * MOE_HALF_BYTES + more);
+    for (int half = 0; half < 2; half++) {
+        if (F::CLUSTER > 1 && half != rank)
+            continue;
+        for (int panel = 0; panel < (F::KIND == MOE_TRANSPOSED ? 2 : 1); panel++) {
+            unsigned char *to = m.w[slot][half] + panel * (MOE_HALF_BYTES / 2);
+            int at = 2 * it.column + half, x = F::KIND == MOE_TRANSPOSED ? 128 * at + 64 * panel : k, eight = F::KIND == MOE_TRANSPOSED ? k / MOE_K * p.eights : at * p.eights;
+            if (F::CLUSTER > 1)
+                kl_tensor_load_multicast(to, &p.weight, x, 0, 0, eight, it.expert, &m.full[slot], 3);
+            else
+                kl_tensor_load(to, &p.weight, x, 0, 0, eight, it.expert, &m.full[slot]);
+        }
     }
 }
 
-template <class F> __device__ __forceinline__ void moe_fetch(typename F::shared &m, const moe_product &p, int rank, int thread)
+/* The 64 rows of weights of `half`, from the kth 16 columns on that are summed over. */
+template <class F> __device__ __forceinline__ auto moe_weights_at(unsigned char *rows, int half, int k)
 {
-    enum { STAGES = F::STAGES, LAG = F::LAG, EACH = (F::MOST + 15) / 16 };
+    if constexpr (F::KIND == MOE_TRANSPOSED)
+        return kl_operand_at(kl_operand_columns(rows, MOE_HALF_BYTES / 2), half * (MOE_HALF_BYTES / 2) + k * 16 * 128);
+    else
+        return kl_operand_at(kl_operand_rows(rows), half * (MOE_HALF_BYTES / 2) + 32 * k);
+}
+
+/* Rows of x through their index, piece by piece, eight threads a row. */
+template <class F> __device__ __forceinline__ void moe_fetch_pieces(typename F::shared &m, const moe_product &p, int rank, int thread)
+{
+    enum { STAGES = F::STAGES, EACH = (F::MOST + 15) / 16 };
     int items = moe_items(p, F::CLUSTER), row = thread / 8, piece = thread % 8, use = 0;
     uint32_t pitch = (uint32_t)p.K / 8;
-    auto hand_over = [&](int n) {
-        kl_fence_async_shared();
-        kl_mbar_arrive(&m.full[n % STAGES]);
-    };
     for (int i = (int)blockIdx.x / F::CLUSTER; i < items; i += (int)gridDim.x / F::CLUSTER) {
         moe_item it = moe_item_of<F::CLUSTER>(p, i, rank);
         uint32_t from[EACH];
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
             int r = it.first + 16 * j + row;
-            from[j] = 16 * j + row < it.n ? (uint32_t)(p.token ? p.token[r] : r) * pitch : 0;
+            from[j] = 16 * j + row < it.n ? (uint32_t)p.token[r] * pitch : 0;
         }
         for (int k = 0; k < p.K; k += MOE_K, use++) {
             int slot = use % STAGES;
@@ -97,21 +98,35 @@ template <class F> __device__ __forceinline__ void moe_fetch(typename F::shared 
             if (use >= STAGES)
                 kl_mbar_wait(&m.empty[slot], (use / STAGES - 1) & 1);
             if (thread == 0)
-                moe_fetch_weights<F>(m, p, it, slot, k, rank);
+                moe_fetch_weights<F>(m, p, it, slot, k, rank, 0);
 #pragma unroll
             for (int j = 0; j < EACH; j++)
                 if (16 * j + row < it.n)
                     kl_copy16(moe_piece(m.x[slot], 16 * j + row, piece), p.x + ((size_t)(column < pitch ? from[j] + column : from[j]) << 3), column < pitch);
-            kl_copy_commit();
-            if (use >= LAG) {
-                kl_copy_wait<LAG>();
-                hand_over(use - LAG);
-            }
+            kl_copy_arrive(&m.full[slot]);
         }
     }
-    kl_copy_wait<0>();
-    for (int n = use < LAG ? 0 : use - LAG; n < use; n++)
-        hand_over(n);
+}
+
+/* Rows of x that follow one another by tensor copies, a thread eight of them. */
+template <class F> __device__ __forceinline__ void moe_fetch_boxes(typename F::shared &m, const moe_product &p, int rank, int thread)
+{
+    enum { STAGES = F::STAGES };
+    static_assert(F::MOST <= 8 * 128, "a box a thread");
+    int items = moe_items(p, F::CLUSTER), use = 0;
+    for (int i = (int)blockIdx.x / F::CLUSTER; i < items; i += (int)gridDim.x / F::CLUSTER) {
+        moe_item it = moe_item_of<F::CLUSTER>(p, i, rank);
+        int boxes = (it.n + MOE_BOX - 1) / MOE_BOX;
+        for (int k = 0; k < p.K; k += MOE_K, use++) {
+            int slot = use % STAGES;
+            if (use >= STAGES)
+                kl_mbar_wait(&m.empty[slot], (use / STAGES - 1) & 1);
+            if (thread == 0)
+                moe_fetch_weights<F>(m, p, it, slot, k, rank, boxes * MOE_BOX * 128);
+            if (thread < boxes)
+                kl_tensor_load(m.x[slot] + thread * MOE_BOX * 128, &p.x_map, k, it.first + thread * MOE_BOX, &m.full[slot]);
+        }
+    }
 }
 
 /* ---- multiplying ---- */
@@ -145,7 +160,7 @@ template <class F, int N> __device__ __forceinline__ void moe_store(typename F::
 {
     unsigned char *rows = m.y[own];
     int warp = thread / 32, column = (2 * it.column + own) * F::COLUMNS;
-    if constexpr (F::SWIGLU) {
+    if constexpr (F::KIND == MOE_SWIGLU) {
         kl_barrier(1 + own, 128);
 #pragma unroll
         for (int half = 0; half < 2; half++)
@@ -185,13 +200,14 @@ template <class F, int N> __device__ __forceinline__ void moe_multiply(typename 
     for (int i = 0; i < blocks; i++, use++) {
         int slot = use % F::STAGES;
         kl_mbar_wait(&m.full[slot], use / F::STAGES & 1);
-        kl_operand w = kl_operand_rows(m.w[slot][own]), x = kl_operand_rows(m.x[slot]);
+        kl_fence_async_shared();
+        kl_operand x = kl_operand_rows(m.x[slot]);
         kl_wgmma_fence();
 #pragma unroll
         for (int k = 0; k < MOE_K / 16; k++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                kl_wgmma<N>(c[half], kl_operand_at(w, half * 64 * 128 + 32 * k), kl_operand_at(x, 32 * k), true);
+                kl_wgmma<N>(c[half], moe_weights_at<F>(m.w[slot][own], half, k), kl_operand_at(x, 32 * k), true);
         kl_wgmma_commit();
         kl_wgmma_wait<1>();
         if (i > 0)
@@ -219,18 +235,14 @@ template <class F> __device__ __forceinline__ void moe_multiply_any(typename F::
     } else {
         MOE_CASE(32);
         MOE_CASE(64);
+        MOE_CASE(72);
+        MOE_CASE(80);
+        MOE_CASE(88);
         MOE_CASE(96);
+        MOE_CASE(104);
         MOE_CASE(112);
         MOE_CASE(120);
         MOE_CASE(128);
-        MOE_CASE(136);
-        MOE_CASE(144);
-        MOE_CASE(152);
-        MOE_CASE(160);
-        MOE_CASE(168);
-        MOE_CASE(176);
-        MOE_CASE(184);
-        MOE_CASE(192);
     }
 }
 #undef MOE_CASE
@@ -243,7 +255,7 @@ template <class F> __global__ void __launch_bounds__(MOE_PRODUCT_THREADS, 1) moe
     if (threadIdx.x == 0) {
         kl_tensor_prefetch(&p.weight);
         for (int i = 0; i < F::STAGES; i++) {
-            kl_mbar_init(&m.full[i], 128 + 1);
+            kl_mbar_init(&m.full[i], p.token ? 128 + 1 : 1);
             kl_mbar_init(&m.empty[i], 8 * F::CLUSTER);
         }
         kl_mbar_init_fence();
@@ -256,7 +268,10 @@ template <class F> __global__ void __launch_bounds__(MOE_PRODUCT_THREADS, 1) moe
     kl_grid_release();
     if (role == 0) {
         kl_registers_fewer<40>();
-        moe_fetch<F>(m, p, rank, thread);
+        if (p.token)
+            moe_fetch_pieces<F>(m, p, rank, thread);
+        else
+            moe_fetch_boxes<F>(m, p, rank, thread);
     } else {
         kl_registers_more<232>();
         int items = moe_items(p, F::CLUSTER), use = 0;

@@ -36,6 +36,7 @@ __device__ __forceinline__ uint32_t pair_at(const uint16_t *row, int k, int D, b
 
 __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constant__ moe_router_view v, float *logit, int segment)
 {
+    enum { BATCH = 9 }; /* steps whose operands are on their way together */
     KL_SHARED(memory);
     float *partial = (float *)memory; /* [parts][SEGMENTS][16][8] */
     int lane = kl_lane(), warp = (int)threadIdx.x / 32, g = lane / 4, c = 2 * (lane & 3);
@@ -47,11 +48,18 @@ __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constan
     for (int n = 0; n < v.parts; n++) {
         const uint16_t *w = v.router + ((int64_t)n * v.E + e0 + g) * v.D;
         float sum[4] = {};
-#pragma unroll 6
-        for (int k = warp * segment; k < end; k += 16) {
-            uint32_t a[4] = {pair_at(x0, k + c, v.D, there0), pair_at(x1, k + c, v.D, there1), pair_at(x0, k + c + 8, v.D, there0), pair_at(x1, k + c + 8, v.D, there1)};
-            uint32_t b[2] = {pair_at(w, k + c, v.D, there), pair_at(w, k + c + 8, v.D, there)};
-            kl_mma(sum, a, b);
+        for (int from = warp * segment; from < end; from += 16 * BATCH) {
+            uint32_t a[BATCH][4], b[BATCH][2];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                int k = from + 16 * i + c, low = k < end ? k : v.D, high = k + 8 < end ? k + 8 : v.D;
+                a[i][0] = pair_at(x0, low, v.D, there0), a[i][1] = pair_at(x1, low, v.D, there1);
+                a[i][2] = pair_at(x0, high, v.D, there0), a[i][3] = pair_at(x1, high, v.D, there1);
+                b[i][0] = pair_at(w, low, v.D, there), b[i][1] = pair_at(w, high, v.D, there);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                kl_mma(sum, a[i], b[i]);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
