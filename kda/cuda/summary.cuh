@@ -30,7 +30,7 @@ template <class Ring> __device__ __forceinline__ void kda_summary_init(Ring &r, 
         return;
     for (int i = 0; i < Ring::SLOTS; i++) {
         kl_mbar_init(&r.full[i], reads_v ? 1 + 2 * 32 : 1);
-        kl_mbar_init(&r.empty[i], 8);
+        kl_mbar_init(&r.empty[i], 2 * 128);
     }
     kl_mbar_init_fence();
 }
@@ -130,8 +130,7 @@ template <class Ring> struct kda_summary_warp {
             kl_wgmma_wait<1>();
             kda_wide_pack<STEPS>(rounded_s, &s[0][0]);
             kl_wgmma_wait<0>();
-            if (kl_lane() == 0)
-                kl_mbar_arrive(&m.empty[n % SLOTS]);
+            kl_mbar_arrive(&m.empty[n % SLOTS]);
         }
     }
 };
