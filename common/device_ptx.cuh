@@ -304,6 +304,8 @@ __device__ __forceinline__ int kl_load_acquire(const int *p)
     return v;
 }
 __device__ __forceinline__ void kl_store_release(int *p, int v) { asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(p), "r"(v) : "memory"); }
+/* Adds, publishing like the store. */
+__device__ __forceinline__ void kl_add_release(int *p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(p), "r"(v) : "memory"); }
 /* Waits until *p is at least v; what was written before it became so is there. */
 __device__ __forceinline__ void kl_await(const int *p, int v)
 {

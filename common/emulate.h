@@ -434,6 +434,7 @@ template <int left> static inline void kl_copy_wait() {}
 /* ---- between resident blocks ---- */
 static inline int kl_load_acquire(const int *p) { return *(const volatile int *)p; }
 static inline void kl_store_release(int *p, int v) { *(volatile int *)p = v; }
+static inline void kl_add_release(int *p, int v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 static inline void kl_await(const int *p, int v)
 {
     struct awaited { const int *p; int v; } a = {p, v};

@@ -81,6 +81,7 @@ kl_status dplr_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *worksp
  * walk reads, by itself for tests and timings. *tiles is where in the workspace they begin. */
 size_t kda_cuda_tiles_workspace(const kda_problem *p, bool core);
 kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, bool core, void *workspace, size_t bytes, const void **tiles);
+bool kda_cuda_persistent_pays(const kl_ctx *ctx, const kda_problem *p); /* is it faster than two passes? */
 size_t kda_cuda_persistent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_persistent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 /* Sequences cut into parts that are walked over at the same time (kda/cuda/parts.cuh). */

@@ -174,7 +174,7 @@ static const kl_variant variants[] = {
 #ifdef KL_HAVE_CUDA
     {"kda", "recurrent", KL_CUDA, "one state update a token; decode steps, several tokens a step, float32", check_cuda_recurrent,
      kda_cuda_recurrent_workspace, run_cuda_recurrent, NULL, cost_recurrent},
-    {"kda", "chunk", KL_CUDA, "tiles of 32 tokens on the tensor cores, prepared and walked over in one kernel, bfloat16", check_cuda_chunk,
+    {"kda", "chunk", KL_CUDA, "tiles of 32 tokens on the tensor cores, bfloat16: the fastest of those below", check_cuda_chunk,
      workspace_cuda_chunk, run_cuda_chunk, run_cuda_chunk_backward, cost_chunk},
     {"kda", "chunk_two_pass", KL_CUDA, "the same tiles, all prepared before the walk: any K and V", check_cuda_two_pass,
      kda_cuda_two_pass_workspace, run_cuda_two_pass, NULL, cost_chunk},

@@ -1,24 +1,25 @@
-/* The chunk forward in two passes: one kernel prepares the tiles of all heads into the workspace, another walks over them. */
+/* The chunk forward in two passes: one kernel prepares the tiles of all heads into the workspace, another walks over them,
+ * its blocks there as soon as the last tiles leave them room. */
 #include "kda/cuda/prepare.cuh"
 #include "kda/cuda/walk_wide.cuh"
 
 namespace {
 
-/* ---- on Hopper, K up to 128: a warpgroup walks ---- */
+/* ---- K up to 128: a warpgroup walks, 64 columns of V of one head of one sequence a block ---- */
 
 template <int KP> using wide_ring = kda_wide_ring<KP, 5>;
 
-/* Block: 64 columns of V of one head of one sequence. */
 template <int KP>
-__global__ void __launch_bounds__(KDA_WIDE_THREADS) walk_wide(const __grid_constant__ kda_walk p, const unsigned char *tiles, int splits)
+__global__ void __launch_bounds__(KDA_WIDE_THREADS) walk_wide(const __grid_constant__ kda_walk p, const unsigned char *tiles, int parts)
 {
     KL_SHARED(shared);
     wide_ring<KP> &m = *(wide_ring<KP> *)shared;
-    int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), column = KDA_WIDE_COLUMNS * (int)(blockIdx.x % splits);
-    kda_path path = kda_path_of(p, blockIdx.x / splits);
+    int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), column = KDA_WIDE_COLUMNS * (int)(blockIdx.x % parts);
     if (threadIdx.x == 0)
         kda_wide_init(m);
     __syncthreads();
+    kl_grid_wait();
+    kda_path path = kda_path_of(p, blockIdx.x / parts);
     if (path.tiles < 0)
         return;
     kda_stretch all = kda_whole(p, path, 0);
@@ -31,44 +32,33 @@ __global__ void __launch_bounds__(KDA_WIDE_THREADS) walk_wide(const __grid_const
         kda_wide_store(m, p, path, all, column, [](int) {});
 }
 
-template <int KP> kl_status launch_wide(const kl_ctx *ctx, const kda_problem *p, const void *table, const void *tiles)
-{
-    int splits = (int)kda_ceil(p->V, KDA_WIDE_COLUMNS);
-    kl_grid g;
-    g.x = p->N * p->HV * splits;
-    g.threads = KDA_WIDE_THREADS;
-    g.shared = sizeof(wide_ring<KP>);
-    return kl_launch(ctx, "kda walk", g, walk_wide<KP>, kda_walk_of(p, table), (const unsigned char *)tiles, splits);
-}
-
-/* ---- any K, any device: warps walk ---- */
+/* ---- wider K, and devices before Hopper: warps walk, 32 columns a block ---- */
 
 enum { WARPS = 2, THREADS = 32 * (3 * WARPS + 1) }; /* state, output and input warps, and one that loads */
 
-template <int KP> using two_pass_ring = kda_ring<KP, WARPS, KP == 256 ? 3 : 4, 1>;
+template <int KP> using narrow_ring = kda_ring<KP, WARPS, KP == 256 ? 3 : 4>;
 
-template <int KP> __device__ __forceinline__ void load_tiles(two_pass_ring<KP> &m, const kda_walk &p, const kda_path &path, const unsigned char *tiles)
+template <int KP> __device__ __forceinline__ void load_tiles(narrow_ring<KP> &m, const kda_walk &p, const kda_path &path, const unsigned char *tiles)
 {
     enum { BYTES = kda_tile<KP>::bytes };
     for (int i = 0; i < path.tiles; i++) {
         kda_ring_reserve(m, i);
-        kl_bulk_load(m.slot[i % two_pass_ring<KP>::SLOTS], tiles + (size_t)((path.place.tile + i) * p.HV + path.head) * BYTES, BYTES,
-                     &m.full[i % two_pass_ring<KP>::SLOTS]);
-        kl_bulk_issued(&m.full[i % two_pass_ring<KP>::SLOTS]);
+        kl_bulk_load(m.slot[i % narrow_ring<KP>::SLOTS], tiles + (size_t)((path.place.tile + i) * p.HV + path.head) * BYTES, BYTES,
+                     &m.full[i % narrow_ring<KP>::SLOTS]);
+        kl_bulk_issued(&m.full[i % narrow_ring<KP>::SLOTS]);
     }
 }
 
-/* Block: 32 columns of V of one head of one sequence. */
-template <int KP>
-__global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ kda_walk p, const unsigned char *tiles, int splits)
+template <int KP> __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ kda_walk p, const unsigned char *tiles, int parts)
 {
     KL_SHARED(shared);
-    two_pass_ring<KP> &m = *(two_pass_ring<KP> *)shared;
-    int warp = (int)threadIdx.x / 32, column = KDA_COLUMNS * ((int)(blockIdx.x % splits) * WARPS + warp % WARPS);
-    kda_path path = kda_path_of(p, blockIdx.x / splits);
+    narrow_ring<KP> &m = *(narrow_ring<KP> *)shared;
+    int warp = (int)threadIdx.x / 32, column = KDA_COLUMNS * ((int)(blockIdx.x % parts) * WARPS + warp % WARPS);
     if (threadIdx.x == 0)
         kda_ring_init(m);
     __syncthreads();
+    kl_grid_wait();
+    kda_path path = kda_path_of(p, blockIdx.x / parts);
     if (warp < WARPS)
         kda_walk_state(m, p, path, 0, warp, column);
     else if (warp < 2 * WARPS)
@@ -79,14 +69,24 @@ __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ kda_walk
         load_tiles<KP>(m, p, path, tiles);
 }
 
-template <int KP> kl_status launch_walk(const kl_ctx *ctx, const kda_problem *p, const void *table, const void *tiles)
+/* Wide: what wgmma needs is there, and K is at most 128. */
+bool is_wide(const kl_ctx *ctx, const kda_problem *p) { return ctx->hopper && p->K <= 128; }
+
+template <int KP, bool wide> kl_status launch_walk(const kl_ctx *ctx, const kda_problem *p, const void *table, const void *tiles)
 {
-    int splits = (int)kda_ceil(p->V, KDA_COLUMNS * WARPS);
+    int parts = (int)kda_ceil(p->V, wide ? (int)KDA_WIDE_COLUMNS : KDA_COLUMNS * WARPS);
     kl_grid g;
-    g.x = p->N * p->HV * splits;
-    g.threads = THREADS;
-    g.shared = sizeof(two_pass_ring<KP>);
-    return kl_launch(ctx, "kda walk", g, walk<KP>, kda_walk_of(p, table), (const unsigned char *)tiles, splits);
+    g.x = p->N * p->HV * parts;
+    g.overlap = true;
+    g.threads = wide ? (int)KDA_WIDE_THREADS : (int)THREADS;
+    auto launch = [&](auto kernel) { return kl_launch(ctx, "kda walk", g, kernel, kda_walk_of(p, table), (const unsigned char *)tiles, parts); };
+    if constexpr (wide) {
+        g.shared = sizeof(wide_ring<KP>);
+        return launch(walk_wide<KP>);
+    } else {
+        g.shared = sizeof(narrow_ring<KP>);
+        return launch(walk<KP>);
+    }
 }
 
 } // namespace
@@ -115,20 +115,18 @@ kda_walk kda_walk_of(const kda_problem *p, const void *table)
     return w;
 }
 
-/* Bytes a block of the walk, the larger of the two kernels. */
+/* Bytes a block of the walk, the larger of the two kernels, on a device before Hopper. */
 size_t kda_cuda_two_pass_shared(const kda_problem *p)
 {
     int KP = kda_padded(p->K);
-    return KP == 64 ? sizeof(two_pass_ring<64>) : KP == 128 ? sizeof(two_pass_ring<128>) : sizeof(two_pass_ring<256>);
+    return KP == 64 ? sizeof(narrow_ring<64>) : KP == 128 ? sizeof(narrow_ring<128>) : sizeof(narrow_ring<256>);
 }
-
-static bool wide(const kl_ctx *ctx, const kda_problem *p) { return ctx->hopper && p->K <= 128; }
 
 size_t kda_cuda_two_pass_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
 {
     const kda_problem *p = (const kda_problem *)problem;
     (void)pass;
-    return kda_sequences_room(p) + (size_t)(kda_tile_count(p) * p->HV) * (wide(ctx, p) ? kda_core_tile_bytes(p->K) : kda_tile_bytes(p->K));
+    return kda_sequences_room(p) + (size_t)(kda_tile_count(p) * p->HV) * (is_wide(ctx, p) ? kda_core_tile_bytes(p->K) : kda_tile_bytes(p->K));
 }
 
 kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
@@ -138,11 +136,28 @@ kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *work
     KL_REQUIRE(!need || (workspace && bytes >= need), "kda: workspace: expected %zu bytes, got %zu", need, workspace ? bytes : 0);
     unsigned char *tiles = (unsigned char *)workspace + kda_sequences_room(p);
     KL_TRY(kda_sequences_upload(ctx, p, workspace));
-    bool core = wide(ctx, p);
-    KL_TRY(kda_cuda_prepare(ctx, p, workspace, tiles, core));
+    bool wide = is_wide(ctx, p);
+    KL_TRY(kda_cuda_prepare(ctx, p, workspace, tiles, wide));
     switch (kda_padded(p->K)) {
-    case 64: return core ? launch_wide<64>(ctx, p, workspace, tiles) : launch_walk<64>(ctx, p, workspace, tiles);
-    case 128: return core ? launch_wide<128>(ctx, p, workspace, tiles) : launch_walk<128>(ctx, p, workspace, tiles);
-    default: return launch_walk<256>(ctx, p, workspace, tiles);
+    case 64: return wide ? launch_walk<64, true>(ctx, p, workspace, tiles) : launch_walk<64, false>(ctx, p, workspace, tiles);
+    case 128: return wide ? launch_walk<128, true>(ctx, p, workspace, tiles) : launch_walk<128, false>(ctx, p, workspace, tiles);
+    default: return launch_walk<256, false>(ctx, p, workspace, tiles);
     }
+}
+
+/* The form that should be the fastest. */
+size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
+{
+    const kda_problem *p = (const kda_problem *)problem;
+    if (kda_cuda_scan_pays(ctx, p))
+        return kda_cuda_scan_workspace(ctx, p, pass);
+    return kda_cuda_persistent_pays(ctx, p) ? kda_cuda_persistent_workspace(ctx, p, pass) : kda_cuda_two_pass_workspace(ctx, p, pass);
+}
+
+kl_status kda_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    const kda_problem *p = (const kda_problem *)problem;
+    if (kda_cuda_scan_pays(ctx, p))
+        return kda_cuda_scan_forward(ctx, p, workspace, bytes);
+    return kda_cuda_persistent_pays(ctx, p) ? kda_cuda_persistent_forward(ctx, p, workspace, bytes) : kda_cuda_two_pass_forward(ctx, p, workspace, bytes);
 }

@@ -66,7 +66,8 @@ prepare_tiles(const __grid_constant__ kda_tile_source source, const __grid_const
         if (more) {
             rows = at.rows(source, sequences, thread);
             kda_fetch_rows<KP>(source, rows, thread);
-        }
+        } else
+            kl_grid_release();
         auto wait_for_tile = [&] {
             if (thread == 0)
                 kl_bulk_wait_read<0>();

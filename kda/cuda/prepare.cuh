@@ -265,7 +265,7 @@ __device__ __forceinline__ void kda_prepare_tile(const kda_tile_source &s, const
 }
 
 /* Every tile of every head into tiles [tile number][HV], in the core form (K up to 128) or else the form of blocks. table:
- * kda_sequences_upload's. */
+ * kda_sequences_upload's. What is launched next with kl_grid.overlap may start when the last tiles have been begun. */
 kl_status kda_cuda_prepare(const kl_ctx *ctx, const kda_problem *p, const void *table, void *tiles, bool core = false);
 
 #endif

@@ -1,9 +1,7 @@
 /* The shared memory of a block that walks over tiles: a ring of slots that tiles arrive in, and what the warps hand each other.
  *
- * Tiles are numbered from 0 in the order in which they are walked. Tile n lies in slot n % SLOTS of every block of the
- * cluster, put there by block n % BLOCKS. A slot's `full` barrier counts the bytes that arrive; whoever is done with
- * tile n tells the block that will fill its slot next, n + SLOTS, through that block's `empty` barrier. That
- * block sees the phases in order, because nobody is done with a tile before those ahead of it. */
+ * Tiles are numbered from 0 in the order in which they are walked. Tile n lies in slot n % SLOTS. A slot's `full` barrier counts the
+ * bytes that arrive, its `empty` barrier the warps that are done with the tile. */
 #ifndef KL_KDA_CUDA_RING_CUH
 #define KL_KDA_CUDA_RING_CUH
 
@@ -16,10 +14,8 @@ enum { KDA_V_TILES = 4, KDA_COLUMNS = 16 }; /* tiles of v on their way; columns 
  *     input    wait handed(n-2), full(n); write `input`; arrive at given(n)
  *     state    wait given(n), read(n-1); write `state`; arrive at written(n); write `u`; arrive at handed(n), release the slot
  *     output   wait written(n); read `state`; arrive at read(n); wait handed(n); read `u`; arrive at given(n+2); release the slot */
-template <int KP_, int WARPS_, int SLOTS_, int BLOCKS_> struct kda_ring {
-    static constexpr int KP = KP_, WARPS = WARPS_, SLOTS = SLOTS_, BLOCKS = BLOCKS_;
-    static constexpr int SETS = (SLOTS + BLOCKS - 1) / BLOCKS, PERIOD = BLOCKS * SETS;
-    static constexpr int LANES = BLOCKS == 1 ? 32 : 1; /* of a warp that arrive for it: each for itself, or, as clusters save arrivals, one for all */
+template <int KP_, int WARPS_, int SLOTS_> struct kda_ring {
+    static constexpr int KP = KP_, WARPS = WARPS_, SLOTS = SLOTS_;
 
     unsigned char slot[SLOTS][kda_tile<KP>::bytes];
     struct {
@@ -28,37 +24,37 @@ template <int KP_, int WARPS_, int SLOTS_, int BLOCKS_> struct kda_ring {
         unsigned char v[KDA_V_TILES][KDA_TILE * 2 * KDA_COLUMNS], o[KDA_TILE * 2 * KDA_COLUMNS];
         uint64_t given[2], handed[2], written, read;
     } column[WARPS];
-    uint64_t full[SLOTS], empty[SETS];
+    uint64_t full[SLOTS], empty[SLOTS];
 };
 
-/* By one thread, before the block (the cluster) synchronises. */
+/* By one thread, before the block synchronises. Lanes arrive each for itself. */
 template <class Ring> __device__ __forceinline__ void kda_ring_init(Ring &r)
 {
-    for (int i = 0; i < Ring::SLOTS; i++)
+    for (int i = 0; i < Ring::SLOTS; i++) {
         kl_mbar_init(&r.full[i], 1);
-    for (int i = 0; i < Ring::SETS; i++)
-        kl_mbar_init(&r.empty[i], 2 * Ring::LANES * Ring::WARPS * Ring::BLOCKS);
+        kl_mbar_init(&r.empty[i], 32 * 2 * Ring::WARPS);
+    }
     for (int w = 0; w < Ring::WARPS; w++) {
         for (int i = 0; i < 2; i++) {
-            kl_mbar_init(&r.column[w].given[i], 2 * Ring::LANES);
-            kl_mbar_init(&r.column[w].handed[i], Ring::LANES);
+            kl_mbar_init(&r.column[w].given[i], 2 * 32);
+            kl_mbar_init(&r.column[w].handed[i], 32);
         }
-        kl_mbar_init(&r.column[w].written, Ring::LANES);
-        kl_mbar_init(&r.column[w].read, Ring::LANES);
+        kl_mbar_init(&r.column[w].written, 32);
+        kl_mbar_init(&r.column[w].read, 32);
     }
     kl_mbar_init_fence();
     for (int i = 0; i < Ring::SLOTS; i++)
         kl_mbar_expect(&r.full[i], kda_tile<Ring::KP>::bytes);
     for (int w = 0; w < Ring::WARPS; w++)
-        for (int i = 0; i < 2 * Ring::LANES; i++)
+        for (int i = 0; i < 2 * 32; i++)
             kl_mbar_arrive(&r.column[w].given[i & 1]); /* nothing to read before tiles 0 and 1 */
 }
 
-/* Producer: until slot n % SLOTS is free in every block. */
+/* Producer: until slot n % SLOTS is free. */
 template <class Ring> __device__ __forceinline__ void kda_ring_reserve(Ring &r, int n)
 {
     if (n >= Ring::SLOTS)
-        kl_mbar_wait(&r.empty[n / Ring::BLOCKS % Ring::SETS], (n - Ring::SLOTS) / Ring::PERIOD & 1);
+        kl_mbar_wait(&r.empty[n % Ring::SLOTS], (n / Ring::SLOTS - 1) & 1);
 }
 
 /* Consumer warp: until tile n has come. */
@@ -73,27 +69,10 @@ template <class Ring> __device__ __forceinline__ void kda_ring_rearm(Ring &r, in
     kl_mbar_expect(&r.full[n % Ring::SLOTS], kda_tile<Ring::KP>::bytes);
 }
 
-/* A warp arrives at a barrier of its block. */
-template <class Ring> __device__ __forceinline__ void kda_ring_arrive(Ring &, uint64_t *bar)
-{
-    if (Ring::LANES == 1)
-        __syncwarp();
-    if (Ring::LANES == 32 || kl_lane() == 0)
-        kl_mbar_arrive(bar);
-}
-
 /* Consumer warp: done with tile n. */
 template <class Ring> __device__ __forceinline__ void kda_ring_release(Ring &r, int n)
 {
-    int next = n + Ring::SLOTS;
-    uint64_t *bar = &r.empty[next / Ring::BLOCKS % Ring::SETS];
-    if (Ring::BLOCKS == 1) {
-        kda_ring_arrive(r, bar);
-        return;
-    }
-    __syncwarp();
-    if (kl_lane() == 0)
-        kl_mbar_arrive_at(bar, next % Ring::BLOCKS);
+    kl_mbar_arrive(&r.empty[n % Ring::SLOTS]);
 }
 
 #endif

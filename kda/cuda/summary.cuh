@@ -51,8 +51,10 @@ __device__ __forceinline__ void kda_summary_load(Ring &r, const kda_walk &p, con
             kl_bulk_issued(&r.full[slot]);
         }
         __syncwarp();
-        if (reads_v)
-            kda_wide_take(r.slot[slot].v[half], p, cells, &r.full[slot]);
+        if (reads_v) {
+            kda_wide_take(r.slot[slot].v[half], p, cells);
+            kda_wide_taken(p, &r.full[slot]);
+        }
         cells.next();
     }
 }

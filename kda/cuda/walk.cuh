@@ -186,7 +186,7 @@ __device__ __forceinline__ void kda_walk_input(Ring &m, const kda_walk &p, const
 #pragma unroll
         for (int b = 0; b < 4; b++)
             own.input[half][b][kl_lane()] = make_float4(r[b][0], r[b][1], r[b][2], r[b][3]);
-        kda_ring_arrive(m, &own.given[half]);
+        kl_mbar_arrive(&own.given[half]);
         __syncwarp();
         kda_fetch_v(own.v[n % KDA_V_TILES], p, row);
     }
@@ -259,7 +259,7 @@ __device__ __forceinline__ void kda_walk_state(Ring &m, const kda_walk &p, const
                 for (int y = 0; y < 4; y++)
                     s[2 * c + x][y] *= y & 1 ? d[x].y : d[x].x;
         }
-        kda_ring_arrive(m, &own.written);
+        kl_mbar_arrive(&own.written);
         uint32_t u[2][4];
 #pragma unroll
         for (int x = 0; x < 4; x++)
@@ -276,7 +276,7 @@ __device__ __forceinline__ void kda_walk_state(Ring &m, const kda_walk &p, const
 #pragma unroll
                 for (int x = 0; x < 2; x++)
                     own.u[half][x][lane] = make_uint4(u[x][0], u[x][1], u[x][2], u[x][3]);
-                kda_ring_arrive(m, &own.handed[half]);
+                kl_mbar_arrive(&own.handed[half]);
                 if (more)
                     ready = kl_mbar_test(&own.given[next & 1], next >> 1 & 1) & kl_mbar_test(&own.read, n & 1);
             }
@@ -314,7 +314,7 @@ __device__ __forceinline__ void kda_walk_output(Ring &m, const kda_walk &p, cons
 #pragma unroll
         for (int c = 0; c < KP / 16; c++)
             s[c] = own.state[c][lane];
-        kda_ring_arrive(m, &own.read);
+        kl_mbar_arrive(&own.read);
 #pragma unroll
         for (int c = 0; c < KP / 16; c++) {
             uint32_t a[4] = {s[c].x, s[c].y, s[c].z, s[c].w}, f[2][4];
@@ -332,7 +332,7 @@ __device__ __forceinline__ void kda_walk_output(Ring &m, const kda_walk &p, cons
 #pragma unroll
         for (int b = 0; b < 2; b++)
             u[b] = own.u[half][b][lane];
-        kda_ring_arrive(m, &own.given[half]);
+        kl_mbar_arrive(&own.given[half]);
         kda_ring_release(m, n);
         uint32_t a[2][4] = {{u[0].x, u[0].y, u[0].z, u[0].w}, {u[1].x, u[1].y, u[1].z, u[1].w}};
         kl_mma(o[0], a[0], f[0]);

@@ -22,18 +22,18 @@
 enum { KDA_WIDE_COLUMNS = 64, KDA_WIDE_THREADS = 192, KDA_WIDE_ROW = 2 * KDA_WIDE_COLUMNS, KDA_WIDE_ROWS = KDA_TILE * KDA_WIDE_ROW };
 
 /* Shared memory of a block that walks so. Tiles are numbered in the order in which they are walked: n lies in slot n % SLOTS
- * with its v, its o in place n % 2.
+ * with its v, its o in place n % 2. PARTS warpgroups, 64 columns each, share the slots and their loader, each with a storer.
  *
  *     loader      wait empty[slot]; copy tile and v; they arrive at full[slot]
  *     warpgroup   wait full[slot]; use; arrive at empty[slot]; wait stored[place]; write o; arrive at written[place]
  *     storer      wait written[place]; store o; arrive at stored[place] */
-template <int KP_, int SLOTS_> struct kda_wide_ring {
-    static constexpr int KP = KP_, SLOTS = SLOTS_, TILE = kda_core_tile<KP>::bytes;
+template <int KP_, int SLOTS_, int PARTS_ = 1> struct kda_wide_ring {
+    static constexpr int KP = KP_, SLOTS = SLOTS_, PARTS = PARTS_, TILE = kda_core_tile<KP>::bytes;
     struct {
-        alignas(128) unsigned char v[KDA_WIDE_ROWS], tile[TILE];
+        alignas(128) unsigned char v[PARTS][KDA_WIDE_ROWS], tile[TILE];
     } slot[SLOTS];
-    alignas(128) unsigned char o[2][KDA_WIDE_ROWS];
-    uint64_t full[SLOTS], empty[SLOTS], written[2], stored[2];
+    alignas(128) unsigned char o[PARTS][2][KDA_WIDE_ROWS];
+    uint64_t full[SLOTS], empty[SLOTS], written[PARTS][2], stored[PARTS][2];
 };
 
 /* By one thread, before the block synchronises. */
@@ -41,12 +41,13 @@ template <class Ring> __device__ __forceinline__ void kda_wide_init(Ring &r)
 {
     for (int i = 0; i < Ring::SLOTS; i++) {
         kl_mbar_init(&r.full[i], 33); /* the tile, and the loader's 32 threads with v */
-        kl_mbar_init(&r.empty[i], 128);
+        kl_mbar_init(&r.empty[i], 128 * Ring::PARTS);
     }
-    for (int i = 0; i < 2; i++) {
-        kl_mbar_init(&r.written[i], 128);
-        kl_mbar_init(&r.stored[i], 32);
-    }
+    for (int part = 0; part < Ring::PARTS; part++)
+        for (int i = 0; i < 2; i++) {
+            kl_mbar_init(&r.written[part][i], 128);
+            kl_mbar_init(&r.stored[part][i], 32);
+        }
     kl_mbar_init_fence();
 }
 
@@ -100,12 +101,20 @@ struct kda_wide_cells {
         at += rows * stride;
         left -= rows;
     }
+    /* The same rows, `parts` times 64 columns to the right. */
+    __device__ __forceinline__ kda_wide_cells right(int parts) const
+    {
+        kda_wide_cells x = *this;
+        x.at += KDA_WIDE_COLUMNS * parts;
+        x.columns -= KDA_WIDE_COLUMNS * parts;
+        return x;
+    }
 };
 
 enum { KDA_WIDE_CELLS = KDA_TILE / 4 }; /* of a lane */
 
-/* Starts the copies of a tile's v, zeros where there is nothing; they, or what is written, arrive at the barrier. */
-__device__ __forceinline__ void kda_wide_take(unsigned char *rows, const kda_walk &p, const kda_wide_cells &x, uint64_t *bar)
+/* Starts the copies of a tile's v, zeros where there is nothing. */
+__device__ __forceinline__ void kda_wide_take(unsigned char *rows, const kda_walk &p, const kda_wide_cells &x)
 {
     const uint16_t *from = p.v + x.at;
     int depth = x.depth();
@@ -115,15 +124,22 @@ __device__ __forceinline__ void kda_wide_take(unsigned char *rows, const kda_wal
             kl_copy16(rows + x.place(i), 4 * i < depth ? from : p.v, 4 * i < depth);
             from += 4 * x.stride;
         }
-        kl_copy_arrive(bar);
     } else {
-#pragma unroll 8
+#pragma unroll 1
         for (int e = 0; e < KDA_WIDE_CELLS * 8; e++) {
             int i = e / 8, c = e % 8;
             ((uint16_t *)(rows + x.place(i)))[c] = 4 * i < depth && c < x.columns ? from[4 * i * x.stride + c] : (uint16_t)0;
         }
-        kl_mbar_arrive(bar);
     }
+}
+
+/* What this thread has taken so far arrives at the barrier. */
+__device__ __forceinline__ void kda_wide_taken(const kda_walk &p, uint64_t *bar)
+{
+    if (p.v_aligned)
+        kl_copy_arrive(bar);
+    else
+        kl_mbar_arrive(bar);
 }
 
 /* Stores a tile's o; `read` is called when all of it has been read. */
@@ -144,7 +160,7 @@ template <class Read> __device__ __forceinline__ void kda_wide_give(const unsign
             to += 4 * x.stride;
         }
     } else {
-#pragma unroll 8
+#pragma unroll 1
         for (int e = 0; e < KDA_WIDE_CELLS * 8; e++) {
             int i = e / 8, c = e % 8;
             if (4 * i < depth && c < x.columns)
@@ -154,7 +170,7 @@ template <class Read> __device__ __forceinline__ void kda_wide_give(const unsign
     }
 }
 
-/* ---- the two warps beside; column: the block's first ---- */
+/* ---- the warps beside; column: the block's first, or the part's ---- */
 
 /* fetch(i), called by one thread before tile i of the path is loaded, gives its address. */
 template <class Ring, class Fetch>
@@ -172,22 +188,25 @@ __device__ __forceinline__ void kda_wide_load(Ring &m, const kda_walk &p, const 
             kl_bulk_issued(&m.full[slot]);
         }
         __syncwarp();
-        kda_wide_take(m.slot[slot].v, p, cells, &m.full[slot]);
+#pragma unroll
+        for (int part = 0; part < Ring::PARTS; part++)
+            kda_wide_take(m.slot[slot].v[part], p, cells.right(part));
+        kda_wide_taken(p, &m.full[slot]);
         cells.next();
     }
 }
 
 /* done(i), called by one thread after its stores of o of tile i. */
 template <class Ring, class Done>
-__device__ __forceinline__ void kda_wide_store(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, Done done)
+__device__ __forceinline__ void kda_wide_store(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, Done done, int part = 0)
 {
     kda_wide_cells cells(p, path, p.o_stride, column, x.begin);
     for (int i = x.begin, n = x.number; i < x.end; i++, n++) {
         int place = n & 1;
-        kl_mbar_wait(&m.written[place], n >> 1 & 1);
-        auto read = [&] { kl_mbar_arrive(&m.stored[place]); };
+        kl_mbar_wait(&m.written[part][place], n >> 1 & 1);
+        auto read = [&] { kl_mbar_arrive(&m.stored[part][place]); };
         if (i >= x.from)
-            kda_wide_give(m.o[place], p, cells, read);
+            kda_wide_give(m.o[part][place], p, cells, read);
         else
             read();
         cells.next();
@@ -213,11 +232,11 @@ template <class Ring> struct kda_wide_warp {
     static constexpr int KP = Ring::KP, STEPS = KP / 16, SLOTS = Ring::SLOTS;
     using at = kda_core_tile<KP>;
     Ring &m;
-    int lane, fragment;
+    int part, lane, fragment;
     float s[KP / 8][4], r[4][4], o[4][4];
     uint32_t rounded_s[STEPS][4], u[2][4], v[2][4], rounded_o[2][4];
 
-    __device__ __forceinline__ kda_wide_warp(Ring &m, int warp) : m(m), lane(kl_lane()), fragment(kda_wide_fragment(warp)) {}
+    __device__ __forceinline__ kda_wide_warp(Ring &m, int part, int warp) : m(m), part(part), lane(kl_lane()), fragment(kda_wide_fragment(warp)) {}
     __device__ __forceinline__ kl_operand operand(int n, int offset, int row) const
     {
         return kl_operand_of(m.slot[(unsigned)n % SLOTS].tile + offset, row, 128);
@@ -229,7 +248,7 @@ template <class Ring> struct kda_wide_warp {
     {
 #pragma unroll
         for (int j = 0; j < 2; j++)
-            kl_ldmatrix4_trans(v[j], m.slot[(unsigned)n % SLOTS].v + fragment + 16 * KDA_WIDE_ROW * j);
+            kl_ldmatrix4_trans(v[j], m.slot[(unsigned)n % SLOTS].v[part] + fragment + 16 * KDA_WIDE_ROW * j);
     }
     /* r = v^T Tb^T */
     __device__ __forceinline__ void input(int n)
@@ -291,8 +310,8 @@ template <class Ring> struct kda_wide_warp {
         /* matrices of 8 tokens x 8 columns */
 #pragma unroll
         for (int b = 0; b < 2; b++)
-            kl_stmatrix4_trans(m.o[place] + fragment + 16 * KDA_WIDE_ROW * b, rounded_o[b]);
-        kl_mbar_arrive(&m.written[place]);
+            kl_stmatrix4_trans(m.o[part][place] + fragment + 16 * KDA_WIDE_ROW * b, rounded_o[b]);
+        kl_mbar_arrive(&m.written[part][place]);
     }
 
     /* Tiles first to last. Whether a barrier has been passed is asked ahead of the use. */
@@ -307,7 +326,7 @@ template <class Ring> struct kda_wide_warp {
 #pragma unroll 1
         for (int n = first; n <= last; n++) {
             int next = min(n + 1, last), before = n - 1, phase = (before >> 1 & 1) ^ 1;
-            bool full = is_full(next), stored = kl_mbar_test(&m.stored[before & 1], phase);
+            bool full = is_full(next), stored = kl_mbar_test(&m.stored[part][before & 1], phase);
             correct(n);
             kda_wide_pack<2>(rounded_o, &o[0][0]);
             read(n);
@@ -320,7 +339,7 @@ template <class Ring> struct kda_wide_warp {
             input(next);
             if (n > first) {
                 if (!stored)
-                    kl_mbar_wait(&m.stored[before & 1], phase);
+                    kl_mbar_wait(&m.stored[part][before & 1], phase);
                 hand_over(before);
             }
             kl_wgmma_wait<2>();
@@ -329,19 +348,19 @@ template <class Ring> struct kda_wide_warp {
             kl_mbar_arrive(&m.empty[(unsigned)n % SLOTS]);
         }
         kda_wide_pack<2>(rounded_o, &o[0][0]);
-        kl_mbar_wait(&m.stored[last & 1], (last >> 1 & 1) ^ 1);
+        kl_mbar_wait(&m.stored[part][last & 1], (last >> 1 & 1) ^ 1);
         hand_over(last);
     }
 };
 
 /* All 128 threads of the warpgroup; warp: 0 to 3, the same for all of a warp by __shfl_sync. */
 template <class Ring>
-__device__ __forceinline__ void kda_wide_compute(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, int warp)
+__device__ __forceinline__ void kda_wide_compute(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, int warp, int part = 0)
 {
     constexpr int KP = Ring::KP;
     int tiles_a_chunk = p.sequences.chunk / p.sequences.tile;
     int64_t size = (int64_t)p.K * p.V;
-    kda_wide_warp<Ring> own(m, warp);
+    kda_wide_warp<Ring> own(m, part, warp);
     column += KDA_COLUMNS * warp;
     kda_load_state<KP>(own.s, p, x.h0, column);
     for (int i = x.begin, end; i < x.end; i = end) {
