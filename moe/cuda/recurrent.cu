@@ -118,6 +118,8 @@ __global__ void __launch_bounds__(THREADS, 2) gate_up(const __grid_constant__ st
     room m = room_of(memory, s.v);
     uint4 *x = (uint4 *)m.rest;
     int pieces = s.v.D / 8, warp = (int)(threadIdx.x / 32 * gridDim.x + blockIdx.x), warps = (int)gridDim.x * WARPS;
+    if (!s.v.E) /* no logits were computed in between: x may still be on its way */
+        kl_grid_wait();
     for (int i = (int)threadIdx.x; i < s.v.T * pieces; i += THREADS)
         x[i] = ((const uint4 *)s.v.x)[i];
     __syncthreads();
