@@ -1,6 +1,6 @@
 #!/bin/sh
-# Everything that is claimed of KDA on a GPU: right on every case, clean under compute-sanitizer, and how fast. About two
-# minutes on one H100.
+# Everything that is claimed of the kernels on a GPU: right on every case, clean under compute-sanitizer, and how fast. About
+# five minutes on one H100.
 # usage: experiments/h100/run.sh [KL [OUT [PARTS]]]   (from the repository root after make, or from a folder that pack.sh made)
 set -u
 kl=${1:-build/kl}
@@ -35,15 +35,19 @@ sanitize() {
     return $status
 }
 
+# bench NAME ARGUMENT...: rows of the family that NAME begins with
 bench() {
     name=$1
     shift
-    "$kl" bench kda --device cuda --json "$out/$name.jsonl" "$@"
+    "$kl" bench "${name%%_*}" --device cuda --json "$out/$name.jsonl" "$@"
 }
 
 verify_all() {
     step "golden data" verify kda "$golden"
     step "random problems" verify kda --random --cases 168
+    step "MLA, random problems" verify mla --random --cases 52
+    step "MoE, random problems" verify moe --random --cases 52
+    step "layers" verify layers
 }
 
 # A representative set: packed value heads, the fast path's dimensions over five tiles, and random problems.
@@ -56,6 +60,8 @@ sanitize_all() {
         step "$tool, 65 tokens" sanitize $tool kda "$golden/05_bounded_T65_H2_HV4_K16_V16.safetensors"
         step "$tool, 130 tokens, 128 channels" sanitize $tool kda "$golden/06_kimi_T130_H1_HV1_K128_V128.safetensors"
         step "$tool, random problems" sanitize $tool kda --random --cases 12 --seed 5
+        step "$tool, MLA" sanitize $tool mla --random --cases 4
+        step "$tool, MoE" sanitize $tool moe --random --cases 4
     done
 }
 
@@ -70,6 +76,11 @@ bench_all() {
     step "convolution, gated norm, decode layer" bench kda_around --shapes around
     step "KDA, general DPLR, Gated DeltaNet" bench kda_fig2 --shapes fig2 --variant chunk
     step "granularity of the gate" bench kda_gates --shapes gates --variant chunk
+    step "MLA, prefill and training" bench mla_prefill --shapes prefill --variant chunk
+    step "MLA, the end of a long context" bench mla_late --shapes late
+    step "MLA, decoding" bench mla_decode --shapes decode
+    step "MoE" bench moe_tokens --shapes 'T=1,D=2304,E=256,I=1024,Is=0,top_k=8;T=8;T=64;T=512;T=8192;T=32768'
+    step "layers" bench layers
 }
 
 for part in $parts; do
