@@ -139,10 +139,16 @@ static const kl_shape_list *named_list(const char *family, const char *shapes)
     return NULL;
 }
 
+/* What is around KDA's recurrence has a bench of its own. */
+static bool is_around(const bench_options *o, const defaults *d)
+{
+    return o->shapes && strcmp(d->family, "kda") == 0 && strcmp(o->shapes, "around") == 0;
+}
+
 static kl_status run_all(kl_bench *b, const bench_options *o, const defaults *d, kl_model *m)
 {
     const kl_shape_list *list = o->shapes ? named_list(d->family, o->shapes) : NULL;
-    if (o->shapes && strcmp(d->family, "kda") == 0 && strcmp(o->shapes, "around") == 0) {
+    if (is_around(o, d)) {
         KL_REQUIRE(b->ctx->device == KL_CUDA, "--shapes: around: expected --device cuda: what is around the recurrence is timed there alone");
         return kl_bench_around(b);
     }
@@ -198,7 +204,7 @@ static kl_status check_request(const bench_options *o, const defaults *d)
     int count;
     if (o->chosen)
         KL_TRY(check_passes(d->family, o->common.context.device, o->pass));
-    return o->shapes && !named_list(d->family, o->shapes) ? kl_shapes_parse(d->family, o->shapes, &d->first, list, &count) : kl_ok();
+    return o->shapes && !named_list(d->family, o->shapes) && !is_around(o, d) ? kl_shapes_parse(d->family, o->shapes, &d->first, list, &count) : kl_ok();
 }
 
 static kl_status bench(kl_bench *b, const bench_options *o, const defaults *d)

@@ -59,7 +59,7 @@ sanitize_all() {
     for tool in memcheck racecheck synccheck initcheck; do
         step "$tool, 65 tokens" sanitize $tool kda "$golden/05_bounded_T65_H2_HV4_K16_V16.safetensors"
         step "$tool, 130 tokens, 128 channels" sanitize $tool kda "$golden/06_kimi_T130_H1_HV1_K128_V128.safetensors"
-        step "$tool, random problems" sanitize $tool kda --random --cases 12 --seed 5
+        step "$tool, random problems" sanitize $tool kda --random --cases 12
         step "$tool, MLA" sanitize $tool mla --random --cases 4
         step "$tool, MoE" sanitize $tool moe --random --cases 4
     done
@@ -79,7 +79,6 @@ bench_all() {
     step "MLA, prefill and training" bench mla_prefill --shapes prefill --variant chunk
     step "MLA, the end of a long context" bench mla_late --shapes late
     step "MLA, decoding" bench mla_decode --shapes decode
-    step "MoE" bench moe_tokens --shapes 'T=1,D=2304,E=256,I=1024,Is=0,top_k=8;T=8;T=64;T=512;T=8192;T=32768'
     step "layers" bench layers
 }
 
