@@ -131,7 +131,7 @@ static void kernels_keep_to_their_registers(void **state)
     (void)state;
     char pattern[256];
     glob_t found;
-    snprintf(pattern, sizeof pattern, "%s/obj/{kda,mla,moe}/cuda/*.report", shell_build());
+    snprintf(pattern, sizeof pattern, "%s/obj/{common,{kda,mla,moe,harness}/cuda}/*.report", shell_build());
     if (!kl_gpu_compiled() || kl_gpu_emulated())
         skip();
     assert_int_equal(glob(pattern, GLOB_BRACE, NULL, &found), 0);
