@@ -19,6 +19,12 @@ __device__ __forceinline__ void kl_stmatrix4_trans(void *row, const uint32_t r[4
     }
 }
 
+__device__ __forceinline__ void kl_add_pair(float *to, float a, float b)
+{
+    atomicAdd(to, a);
+    atomicAdd(to + 1, b);
+}
+
 /* What has no plain form is not launched there. */
 struct kl_operand {};
 __device__ __forceinline__ kl_operand kl_operand_of(const void *, int, int) { return {}; }

@@ -273,6 +273,13 @@ __device__ __forceinline__ void kl_bulk_commit() { asm volatile("cp.async.bulk.c
 /* Until at most `left` of this thread's groups of stores are unfinished; _read: until their shared memory is free again. */
 template <int left> __device__ __forceinline__ void kl_bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(left) : "memory"); }
 template <int left> __device__ __forceinline__ void kl_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory"); }
+
+/* to[0] += a, to[1] += b in the second cache, without waiting for what is there; `to` a multiple of 8. The same bits on every run as long
+ * as a launch adds to a number once. */
+__device__ __forceinline__ void kl_add_pair(float *to, float a, float b)
+{
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(a), "f"(b) : "memory");
+}
 #endif
 
 /* Starts the 128 bytes around an address on their way to the second cache. */

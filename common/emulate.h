@@ -411,6 +411,13 @@ static inline void kl_bulk_store(void *global, const void *shared, int bytes)
 static inline void kl_bulk_commit() {}
 template <int left> static inline void kl_bulk_wait() {}
 template <int left> static inline void kl_bulk_wait_read() {}
+static inline void kl_add_pair(float *to, float a, float b)
+{
+    if ((uintptr_t)to % 8)
+        kl_emulated_fail("add pair: expected an address that is a multiple of 8, got %p", (void *)to);
+    to[0] += a;
+    to[1] += b;
+}
 static inline void kl_prefetch(const void *global) { (void)*(const volatile unsigned char *)global; }
 static inline void kl_copy16(void *shared, const void *global, bool valid = true)
 {
