@@ -92,5 +92,12 @@ void kl_gpu_range_pop(void);
 
 #ifdef __cplusplus
 }
+
+/* A range that ends with its scope. */
+struct kl_range {
+    explicit kl_range(const char *name) { kl_gpu_range_push(name); }
+    ~kl_range() { kl_gpu_range_pop(); }
+    kl_range(const kl_range &) = delete;
+};
 #endif
 #endif
