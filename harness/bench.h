@@ -91,7 +91,7 @@ typedef struct kl_bench_row {
     int64_t err_T;            /* tokens of the problem that the error was taken on; 0: the timed one */
     int64_t err_heads[8];     /* query heads that it was taken on, and how many; 0: all */
     int err_head_count;
-    int64_t err_rows;         /* rows (a query of a head) that it was taken on; 0: all */
+    int64_t err_rows;         /* rows (a query of a head, a token) that it was taken on; 0: all */
     size_t workspace_bytes, peak_bytes;
 } kl_bench_row;
 kl_status kl_bench_emit(kl_bench *b, const kl_bench_row *row);

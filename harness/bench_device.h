@@ -40,6 +40,7 @@ typedef struct kl_workload {
     int heads;                 /* scored, where only some are; 0: does not apply */
     int64_t head[KL_SLICE_HEADS];
     int64_t rows;              /* scored, where only some are; 0: does not apply */
+    kl_cost spared[2];         /* by pass: what these very inputs do not need of what the table reckons */
     kl_case sample;            /* what is scored, on the host: the outputs, and what they should be */
     void *own;                 /* of the family's own, for expect() and fetch(), freed with the workload */
     kl_scratch scratch;        /* of the reference */
@@ -58,7 +59,7 @@ typedef struct kl_bench_ops {
     kl_status (*fetch)(const kl_workload *w, kl_pass pass); /* what the pass has written in set 0, to the sample */
 } kl_bench_ops;
 
-extern const kl_bench_ops kl_bench_kda, kl_bench_mla;
+extern const kl_bench_ops kl_bench_kda, kl_bench_mla, kl_bench_moe;
 
 static inline kl_pass kl_first_pass(const kl_workload *w) { return w->forward ? KL_FORWARD : KL_BACKWARD; }
 static inline kl_pass kl_last_pass(const kl_workload *w) { return w->backward ? KL_BACKWARD : KL_FORWARD; }

@@ -17,6 +17,8 @@ static const kl_shape_list lists[] = {
     {"kda", "gates", "T=8192,H=32;G=32;G=8;G=1;G=0", "gates a channel, a block, a head, and none", {[KL_BENCH_FWD] = true}},
     {"mla", "prefill", "T=8192,H=32;T=16384;T=32768", "the released model's heads, all keys from the queries' own tokens", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true}},
     {"mla", "late", "T=32768,Tq=2048,H=32;T=131072", "2048 queries at the end of a long latent cache", {[KL_BENCH_FWD] = true}},
+    {"moe", "tokens", "T=32768,D=2304,E=256,I=1024,top_k=8,Is=0;T=8192;T=2048;T=512;T=64;T=8;T=1", "the released model's routed experts", {[KL_BENCH_FWD] = true}},
+    {"moe", "train", "T=32768,D=2304,E=256,I=1024,top_k=8,Is=0;T=8192", "the same, backward", {[KL_BENCH_BWD] = true}},
     {"mla", "decode", "T=1048576,N=1,H=32;T=131072,N=8;T=4096,N=128", "one token for each of N sequences", {[KL_BENCH_DECODE] = true}},
 };
 
