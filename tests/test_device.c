@@ -299,6 +299,26 @@ static void decoding_is_benched_by_rows(void **state)
     kl_lines_free(&b.lines);
 }
 
+static void experts_are_benched_by_tokens(void **state)
+{
+    (void)state;
+    if (!ctx)
+        skip();
+    kl_bench b = {.ctx = ctx, .quiet = true, .runs = 1, .pass = {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true}};
+    kl_shape list[KL_SHAPES];
+    int count, variants;
+    const kl_variant *v = moe_variants(&variants);
+    assert_ok(kl_ceilings_measure(ctx, &b.ceilings));
+    assert_ok(kl_shapes_parse("moe", "T=20,Is=16;T=1,Is=0", &(kl_shape){.D = 64, .E = 8, .I = 48, .top_k = 2}, list, &count));
+    assert_ok(kl_bench_family(&b, KL_FAMILY_MOE, list, count));
+    int rows = 0;
+    for (int i = 0; i < variants; i++)
+        rows += v[i].device == KL_CUDA ? count * (v[i].backward ? 2 : 1) : 0;
+    assert_int_equal(b.rows, rows - 1); /* 20 tokens are too many for recurrent */
+    assert_false(b.wrong);
+    kl_lines_free(&b.lines);
+}
+
 /* All lists parse, and each has a pass. */
 static void the_lists_of_shapes_are_sound(void **state)
 {
@@ -332,6 +352,7 @@ int main(void)
         cmocka_unit_test(inputs_are_of_the_regime_asked_for),
         cmocka_unit_test(a_row_of_the_bench_is_whole),
         cmocka_unit_test(decoding_is_benched_by_rows),
+        cmocka_unit_test(experts_are_benched_by_tokens),
         cmocka_unit_test(the_lists_of_shapes_are_sound),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);

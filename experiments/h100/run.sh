@@ -79,6 +79,8 @@ bench_all() {
     step "MLA, prefill and training" bench mla_prefill --shapes prefill --variant chunk
     step "MLA, the end of a long context" bench mla_late --shapes late
     step "MLA, decoding" bench mla_decode --shapes decode
+    step "MoE, forward" bench moe_tokens --shapes tokens
+    step "MoE, backward" bench moe_train --shapes train
     step "layers" bench layers
 }
 
