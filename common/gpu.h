@@ -76,6 +76,7 @@ typedef struct kl_product {
     kl_dtype y_dtype;
     int64_t count;                           /* of such products, one behind the other; 0: one */
     int64_t a_next, b_next, y_next;          /* elements from one to the next */
+    bool scattered;                          /* instead a, b and y are tables on the device of `count` addresses, multiples of 16; beta is 0 */
 } kl_product;
 enum { KL_PRODUCT_WORKSPACE = 32 << 20 };
 kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, const void *a, const void *b, float beta, const void *c,

@@ -156,6 +156,14 @@ kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *p, float alpha, const vo
                          void *memory, size_t bytes)
 {
     size_t size = kl_dtype_size(p->y_dtype);
+    if (p->scattered) {
+        kl_product one = *p;
+        one.count = 0;
+        one.scattered = false;
+        for (int64_t i = 0; i < p->count; i++)
+            kl_gpu_product(ctx, &one, alpha, ((const void *const *)a)[i], ((const void *const *)b)[i], 0.0f, NULL, ((void *const *)y)[i], memory, bytes);
+        return kl_ok();
+    }
     if (p->count > 1) {
         kl_product one = *p;
         one.count = 1;

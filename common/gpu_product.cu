@@ -68,7 +68,7 @@ struct question {
 bool same(const question &a, const question &b)
 {
     const kl_product &p = a.shape, &q = b.shape;
-    return p.count == q.count && p.a_next == q.a_next && p.b_next == q.b_next && p.y_next == q.y_next && p.M == q.M && p.N == q.N && p.K == q.K && p.a_stride == q.a_stride && p.b_stride == q.b_stride && p.y_stride == q.y_stride &&
+    return p.count == q.count && p.scattered == q.scattered && p.a_next == q.a_next && p.b_next == q.b_next && p.y_next == q.y_next && p.M == q.M && p.N == q.N && p.K == q.K && p.a_stride == q.a_stride && p.b_stride == q.b_stride && p.y_stride == q.y_stride &&
            p.a_transposed == q.a_transposed && p.b_transposed == q.b_transposed && p.y_dtype == q.y_dtype && a.alignment == b.alignment &&
            a.workspace == b.workspace;
 }
@@ -98,13 +98,16 @@ void release(const library &l, const plan &p)
 }
 
 /* A matrix [rows,columns], row after row, is its transpose to the library: columns first. */
-kl_status lay_out(const library &l, cublasLtMatrixLayout_t *layout, kl_dtype type, int64_t rows, int64_t columns, int64_t stride, int64_t count, int64_t next)
+kl_status lay_out(const library &l, cublasLtMatrixLayout_t *layout, kl_dtype type, int64_t rows, int64_t columns, int64_t stride, const kl_product &s, int64_t next)
 {
-    int32_t batch = (int32_t)count;
+    int32_t batch = (int32_t)s.count;
+    uint32_t mode = CUBLASLT_BATCH_MODE_POINTER_ARRAY;
     KL_TRY(check(l.layout_create(layout, type == KL_F32 ? CUDA_R_32F : CUDA_R_16BF, (uint64_t)columns, (uint64_t)rows, stride), "layout"));
-    if (count <= 1)
+    if (s.count <= 1 && !s.scattered)
         return kl_ok();
     KL_TRY(check(l.layout_set(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch), "layout"));
+    if (s.scattered)
+        return check(l.layout_set(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_MODE, &mode, sizeof mode), "layout");
     return check(l.layout_set(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &next, sizeof next), "layout");
 }
 
@@ -117,9 +120,9 @@ kl_status ask(const products &all, plan *p)
     KL_TRY(check(l.operation_create(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation"));
     KL_TRY(check(l.operation_set(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first), "operation"));
     KL_TRY(check(l.operation_set(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second), "operation"));
-    KL_TRY(lay_out(l, &p->b, KL_BF16, s.b_transposed ? s.N : s.K, s.b_transposed ? s.K : s.N, s.b_stride, s.count, s.b_next));
-    KL_TRY(lay_out(l, &p->a, KL_BF16, s.a_transposed ? s.K : s.M, s.a_transposed ? s.M : s.K, s.a_stride, s.count, s.a_next));
-    KL_TRY(lay_out(l, &p->y, s.y_dtype, s.M, s.N, s.y_stride, s.count, s.y_next));
+    KL_TRY(lay_out(l, &p->b, KL_BF16, s.b_transposed ? s.N : s.K, s.b_transposed ? s.K : s.N, s.b_stride, s, s.b_next));
+    KL_TRY(lay_out(l, &p->a, KL_BF16, s.a_transposed ? s.K : s.M, s.a_transposed ? s.M : s.K, s.a_stride, s, s.a_next));
+    KL_TRY(lay_out(l, &p->y, s.y_dtype, s.M, s.N, s.y_stride, s, s.y_next));
     cublasLtMatmulPreference_t preference;
     KL_TRY(check(l.preference_create(&preference), "preference"));
     l.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &p->asked.workspace, sizeof p->asked.workspace);
@@ -179,7 +182,7 @@ kl_status kl_gpu_product(kl_ctx *ctx, const kl_product *shape, float alpha, cons
     if (shape->M <= 0 || shape->N <= 0 || shape->K <= 0)
         return kl_ok();
     KL_TRY(open_products(ctx, &all));
-    uint64_t places = (uintptr_t)a | (uintptr_t)b | (uintptr_t)y | (beta != 0.0f ? (uintptr_t)c : 0) | 2 * (uint64_t)shape->a_stride |
+    uint64_t places = (shape->scattered ? 0 : (uintptr_t)a | (uintptr_t)b | (uintptr_t)y | (beta != 0.0f ? (uintptr_t)c : 0)) | 2 * (uint64_t)shape->a_stride |
                       2 * (uint64_t)shape->b_stride | kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_stride | 2 * (uint64_t)shape->a_next | 2 * (uint64_t)shape->b_next |
                       kl_dtype_size(shape->y_dtype) * (uint64_t)shape->y_next | 16;
     /* The library wants its workspace at multiples of 256 bytes. */

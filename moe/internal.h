@@ -19,6 +19,8 @@ kl_status moe_cuda_takes_few(const moe_problem *p);
 
 size_t moe_cuda_recurrent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status moe_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+size_t moe_cuda_cublas_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status moe_cuda_cublas_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 size_t moe_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status moe_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 kl_status moe_cuda_chunk_backward(kl_ctx *ctx, const void *problem, const void *grads, void *workspace, size_t bytes);

@@ -27,6 +27,13 @@ static kl_status takes_few_on_cuda(const void *problem, kl_pass pass)
     return moe_cuda_takes_few(problem);
 }
 
+static kl_status takes_forward_on_cuda(const void *problem, kl_pass pass)
+{
+    if (pass == KL_BACKWARD)
+        return kl_error(KL_EUNSUPPORTED, "moe: cublas has no backward pass; chunk has");
+    return moe_cuda_takes(problem);
+}
+
 static kl_status takes_on_cuda(const void *problem, kl_pass pass)
 {
     (void)pass;
@@ -65,13 +72,18 @@ static const kl_variant variants[] = {
 #ifdef KL_HAVE_CUDA
     {
         .family = "moe", .name = "recurrent", .device = KL_CUDA,
-        .summary = "a few tokens: the chosen experts' weights stream past once, a warp a row",
+        .summary = "a few tokens: the chosen experts' weights stream past once, through a ring for every warp",
         .check = takes_few_on_cuda, .workspace = moe_cuda_recurrent_workspace, .forward = moe_cuda_recurrent_forward, .cost = cost,
     },
     {
         .family = "moe", .name = "chunk", .device = KL_CUDA,
         .summary = "rows of all experts sorted, two grouped products by warpgroups, rows of a token added in order",
         .check = takes_on_cuda, .workspace = moe_cuda_chunk_workspace, .forward = moe_cuda_chunk_forward, .backward = moe_cuda_chunk_backward, .cost = cost,
+    },
+    {
+        .family = "moe", .name = "cublas", .device = KL_CUDA,
+        .summary = "the baseline: rows copied into order, products by cuBLASLt in tiles of one size",
+        .check = takes_forward_on_cuda, .workspace = moe_cuda_cublas_workspace, .forward = moe_cuda_cublas_forward, .cost = cost,
     },
 #endif
 };

@@ -273,6 +273,18 @@ static void routing_depends_on_the_token_alone(void **state)
 
 /* ---- what is refused ---- */
 
+/* The baseline takes experts that lie anywhere. */
+static void anywhere_for_cublas(const moe_problem *p)
+{
+    const kl_variant *v = moe_pick(KL_CUDA, "cublas", p, KL_FORWARD);
+    size_t bytes = v->workspace(ctx, p, KL_FORWARD);
+    void *workspace;
+    assert_ok(kl_gpu_alloc(ctx, &workspace, bytes));
+    assert_ok(v->forward(ctx, p, workspace, bytes));
+    assert_ok(kl_gpu_sync(ctx));
+    kl_gpu_free(ctx, workspace);
+}
+
 static void refusals(void **state)
 {
     NEEDS_DEVICE();
@@ -297,6 +309,7 @@ static void refusals(void **state)
     expect_error(v->forward(ctx, &p, workspace, bytes), KL_EINVAL, "x: expected an address");
     p = good, p.w2 = uneven;
     expect_error(v->forward(ctx, &p, workspace, bytes), KL_EUNSUPPORTED, "w2: expected experts at even distances");
+    anywhere_for_cublas(&p);
     kl_gpu_free(ctx, workspace);
     kl_case_free(&c);
 }

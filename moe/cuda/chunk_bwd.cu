@@ -101,6 +101,7 @@ kl_status through(const kl_ctx *ctx, const moe_problem *p, const buffers &b, con
 
 kl_status shared_expert(const kl_ctx *ctx, const moe_problem *p, const moe_grads *g, const buffers &b, int64_t t, int64_t count)
 {
+    kl_range range("moe shared expert_bwd");
     moe_tiling cut = moe_tiling_of(count, 1);
     expert_rows s = {};
     s.shared = true;

@@ -59,6 +59,7 @@ kl_status run(const kl_ctx *ctx, two_products *s, const uint16_t *x, int64_t x_r
 
 kl_status shared_expert(const kl_ctx *ctx, const moe_problem *p, const buffers &b, int64_t t, int64_t count)
 {
+    kl_range range("moe shared expert");
     two_products s;
     KL_TRY(describe(&s, p, true));
     moe_tiling cut = moe_tiling_of(count, 1);

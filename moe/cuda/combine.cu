@@ -1,4 +1,5 @@
 /* The rows of a token's experts added up. A thread has eight columns of a token. */
+#include "common/gpu.h"
 #include "moe/cuda/backward.cuh"
 
 namespace {
@@ -98,6 +99,7 @@ combination combination_of(const moe_problem *p, int64_t count, uint16_t *y, con
 
 kl_status moe_device_combine(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const int *row_of, const float *weight, const uint16_t *row)
 {
+    kl_range range("moe combine");
     combination c = combination_of(p, count, (uint16_t *)p->y + t * p->D, row, row_of);
     c.weight = weight;
     return kl_launch(ctx, "moe combine", grid_of(c), combine<false>, c);
@@ -106,6 +108,7 @@ kl_status moe_device_combine(const kl_ctx *ctx, const moe_problem *p, int64_t t,
 kl_status moe_device_combine_back(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, const int *row_of, const uint16_t *row,
                                   uint16_t *dx)
 {
+    kl_range range("moe combine_bwd");
     combination c = combination_of(p, count, dx, row, row_of);
     c.dl = r->logit;
     c.id = r->id;

@@ -1,5 +1,6 @@
 /* The (token, choice) pairs sorted by expert. Within a chunk of 32 tokens a row's place is the number of lower bits in its
  * expert's word; chunks are scanned in order. Nothing depends on who comes first. */
+#include "common/gpu.h"
 #include "moe/cuda/moe_cuda.cuh"
 
 namespace {
@@ -126,6 +127,7 @@ moe_cut moe_cut_carve(kl_arena *a, const moe_problem *p, int64_t tokens, int blo
 
 kl_status moe_device_group(const kl_ctx *ctx, const moe_problem *p, int64_t count, const moe_device_routes *r, const moe_device_rows *rows, const moe_cut *cut)
 {
+    kl_range range("moe sort");
     int chunks = (int)moe_ceil(count, MOE_CHUNK);
     kl_grid g;
     g.x = moe_ceil(p->E, 32);

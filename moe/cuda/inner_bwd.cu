@@ -1,4 +1,5 @@
 /* The inside of an expert, backward. A warp has a row. */
+#include "common/gpu.h"
 #include "moe/cuda/backward.cuh"
 
 namespace {
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(32 * WARPS) inner_gradients(const __grid_const
 
 kl_status moe_device_inner_gradients(const kl_ctx *ctx, const moe_inner_gradients &inner)
 {
+    kl_range range("moe inner_bwd");
     kl_grid g;
     g.x = moe_ceil(inner.rows, WARPS);
     g.threads = 32 * WARPS;

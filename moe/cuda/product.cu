@@ -41,6 +41,7 @@ int moe_tile_of(const moe_tiling &cut, int64_t rows)
 
 kl_status moe_device_product(const kl_ctx *ctx, const char *name, const moe_product &given, moe_kind kind, bool small)
 {
+    kl_range range(name);
     moe_product p = given;
     kl_tensor_shape s;
     s.size[0] = p.K, s.size[1] = p.x_rows;

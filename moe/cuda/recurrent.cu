@@ -1,74 +1,112 @@
-/* A few tokens, one by one: every chosen expert's weights stream past once, a warp a row, dealt out to the whole device.
+/* A few tokens, one by one: every chosen expert's weights stream past once, dealt out by rows to the warps of the whole device.
  *
  *     h_k[i] = silu(w1_k[i,:] x) w3_k[i,:] x;      y[d] = shared + sum_k w_k (w2_k[d,:] h_k)
  *
- * Three launches: logits; then each block chooses for itself and takes rows of w1 and w3; then of w2, a block all experts of its d, so that
- * it adds them up in order. The last is there early and has its first rows on the way while the one before it ends. */
+ * Two launches that overlap: logits; then a block on every multiprocessor, which chooses for itself and takes rows of w1 and w3, and then
+ * of w2 the columns d of all experts, so that it adds them up in order. In between the blocks meet, for the h of all. Rows of w2 need
+ * nothing of h and come in through the warps' rings (rows.cuh) meanwhile. One warp copies nothing and has time for the rest: it chooses while the
+ * others take the shared expert, and it tells the other blocks, since such a word waits for the copies of the thread that says it. */
+#include <algorithm>
+
 #include "common/gpu.h"
 #include "moe/cuda/choose.cuh"
 #include "moe/cuda/chunk.cuh"
+#include "moe/cuda/rows.cuh"
 #include "moe/cuda/weights.cuh"
 
 namespace {
 
-enum { WARPS = 16, THREADS = 32 * WARPS };
+/* Warps that multiply; barriers of all warps, of these. MOST_BYTES leaves room beside a block for one of the next launch's. */
+enum { WARPS = 16, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10 };
 
 /* One set of experts; w1, w3: [width,D], w2: [D,width], `stride` elements from expert to expert. */
 struct experts {
     const uint16_t *w1, *w3, *w2;
     int64_t stride1, stride2;
-    int width;
+    int width, slots;
     uint16_t *h; /* [slots,width] */
 };
 
 struct step {
     moe_router_view v;
     const float *logit;
-    experts routed, shared; /* width 0: none */
+    experts routed, shared; /* slots 0: none */
     uint16_t *y;
     int *id;                /* what the caller wants of the choice, or NULL */
     float *weight;
+    int *arrived;           /* blocks whose h is complete; 0 before this launch */
+    int share, depth;       /* columns of y a block; places of a ring */
 };
 
-/* Shared memory of a block: the choice of all tokens, and what the rows are multiplied with. */
+/* The rows that a warp takes one after the other. Those of the shared expert come first, while the choice is made, and last. */
+enum { SHARED_INNER, ROUTED_INNER, ROUTED_OUTER, SHARED_OUTER, LISTS };
+
+/* Shared memory of a block but for the rings. x makes room for h. */
 struct room {
-    int *id;
+    moe_rows *list;
+    uint64_t *full;    /* [WARPS][depth] */
+    int *id;           /* the choice of all tokens */
     float *weight;
     uint32_t *scratch;
-    unsigned char *rest;
+    uint4 *x, *h, *h_shared;
+    float *part, *part_shared; /* [slots,share] */
+    unsigned char *rings;
 };
 
-__host__ __device__ inline size_t up16(size_t bytes) { return (bytes + 15) / 16 * 16; }
-__host__ __device__ inline size_t choice_bytes(int T, int top_k, int E, int n_group) { return up16((size_t)T * (2 * top_k + moe_choice_words(E, n_group)) * 4); }
+__host__ __device__ inline size_t up(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
-__device__ __forceinline__ room room_of(unsigned char *memory, const moe_router_view &v)
+__host__ __device__ inline size_t lay_out(room *m, unsigned char *memory, const step &s)
 {
-    int *id = (int *)memory;
-    float *weight = (float *)(id + v.T * v.top_k);
-    return {id, weight, (uint32_t *)(weight + v.T * v.top_k), memory + choice_bytes(v.T, v.top_k, v.E, v.n_group)};
+    const moe_router_view &v = s.v;
+    size_t at = 0;
+    auto take = [&](size_t bytes) {
+        unsigned char *piece = memory + at;
+        at += up(bytes);
+        return piece;
+    };
+    m->list = (moe_rows *)take(LISTS * sizeof(moe_rows));
+    m->full = (uint64_t *)take((size_t)WARPS * s.depth * sizeof(uint64_t));
+    m->id = (int *)take((size_t)s.routed.slots * sizeof(int));
+    m->weight = (float *)take((size_t)s.routed.slots * sizeof(float));
+    m->scratch = (uint32_t *)take((size_t)moe_choice_words(v.E, v.n_group) * sizeof(uint32_t));
+    m->part = (float *)take((size_t)(s.routed.slots + s.shared.slots) * s.share * sizeof(float));
+    m->part_shared = m->part + s.routed.slots * s.share;
+    size_t h = ((size_t)s.routed.slots * s.routed.width + (size_t)s.shared.slots * s.shared.width) * sizeof(uint16_t), x = (size_t)v.T * v.D * sizeof(uint16_t);
+    m->x = m->h = (uint4 *)take(h > x ? h : x);
+    m->h_shared = m->h + s.routed.slots * s.routed.width / 8;
+    m->rings = memory + at;
+    return at;
 }
 
 __device__ __forceinline__ void choose(const step &s, const room &m)
 {
     const moe_router_view &v = s.v;
-    int warp = (int)threadIdx.x / 32, lane = kl_lane();
-    for (int t = warp; v.E && t < v.T; t += WARPS) {
-        moe_choice c = moe_choose(v, s.logit + t * v.E, m.scratch + t * moe_choice_words(v.E, v.n_group));
+    int lane = kl_lane();
+    for (int t = 0; v.E && t < v.T; t++) {
+        moe_choice c = moe_choose(v, s.logit + t * v.E, m.scratch);
         if (lane < v.top_k) {
-            m.id[t * v.top_k + lane] = c.id;
-            m.weight[t * v.top_k + lane] = c.weight;
+            int i = t * v.top_k + lane;
+            m.id[i] = c.id;
+            m.weight[i] = c.weight;
+            if (blockIdx.x == 0 && s.id)
+                s.id[i] = c.id;
+            if (blockIdx.x == 0 && s.weight)
+                s.weight[i] = c.weight;
         }
+        __syncwarp();
     }
-    __syncthreads();
 }
 
-__device__ __forceinline__ void put_choice(const step &s, const room &m)
+/* ---- rows ---- */
+
+__device__ __forceinline__ void list_rows(const step &s, const room &m)
 {
-    for (int i = (int)threadIdx.x; i < s.v.T * s.v.top_k; i += THREADS) {
-        if (s.id)
-            s.id[i] = m.id[i];
-        if (s.weight)
-            s.weight[i] = m.weight[i];
+    int blocks = (int)gridDim.x, d = (int)blockIdx.x * s.share, count = min(max(s.v.D - d, 0), s.share);
+    for (int shared = 0; shared < 2; shared++) {
+        const experts &w = shared ? s.shared : s.routed;
+        const int *id = shared ? nullptr : m.id;
+        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, id, (int)blockIdx.x, blocks, WARPS * blocks, w.slots * w.width};
+        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, id, 0, 1, WARPS, w.slots * count};
     }
 }
 
@@ -80,149 +118,133 @@ __device__ __forceinline__ void add_product(float &sum, const uint4 &a, const ui
         sum += kl_bf16_low(x[i]) * kl_bf16_low(y[i]), sum += kl_bf16_high(x[i]) * kl_bf16_high(y[i]);
 }
 
-__device__ __forceinline__ uint4 piece_of(const uint16_t *row, int piece, int pieces)
+/* h = silu(w1 x) w3 x, a row of both at a time. */
+__device__ __forceinline__ void inner(moe_ring &ring, const moe_rows &list, const uint4 *x, int tokens, uint16_t *h)
 {
-    return piece < pieces ? __ldcs((const uint4 *)row + piece) : make_uint4(0, 0, 0, 0);
-}
-
-/* Row `row` of w1 and w3 of expert e, times x: one number of h. */
-__device__ __forceinline__ void inner_row(const experts &w, int e, int row, const uint4 *x, int D, uint16_t *h)
-{
-    enum { AHEAD = 3 };
-    const uint16_t *w1 = w.w1 + e * w.stride1 + (int64_t)row * D, *w3 = w.w3 + e * w.stride1 + (int64_t)row * D;
-    int pieces = D / 8;
-    float a = 0.0f, b = 0.0f;
-    for (int from = kl_lane(); from < pieces; from += 32 * AHEAD) {
-        uint4 p[AHEAD], q[AHEAD];
+    int choices = list.end ? list.end / list.rows / tokens : 1;
+    for (int i = list.from(ring.warp); i < list.end; i += list.step) {
+        const uint4 *at = x + i / list.rows / choices * (list.columns / 8);
+        float a = 0.0f, b = 0.0f;
+        for (int column = 0; column < list.columns; column += list.wide()) {
+            const uint4 *w1 = (const uint4 *)ring.wait(), *w3 = w1 + MOE_PLACE_BYTES / 32;
+            int pieces = list.pieces(column);
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            p[j] = piece_of(w1, from + 32 * j, pieces);
-            q[j] = piece_of(w3, from + 32 * j, pieces);
-        }
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            uint4 at = from + 32 * j < pieces ? x[from + 32 * j] : make_uint4(0, 0, 0, 0);
-            add_product(a, p[j], at);
-            add_product(b, q[j], at);
-        }
-    }
-    a = kl_warp_sum(a);
-    b = kl_warp_sum(b);
-    if (kl_lane() == 0)
-        *h = kl_to_bf16(a * kl_rcp(1.0f + kl_exp2(-1.44269504f * a)) * b);
-}
-
-__global__ void __launch_bounds__(THREADS, 2) gate_up(const __grid_constant__ step s)
-{
-    KL_SHARED(memory);
-    room m = room_of(memory, s.v);
-    uint4 *x = (uint4 *)m.rest;
-    int pieces = s.v.D / 8, warp = (int)(threadIdx.x / 32 * gridDim.x + blockIdx.x), warps = (int)gridDim.x * WARPS;
-    if (!s.v.E) /* no logits were computed in between: x may still be on its way */
-        kl_grid_wait();
-    for (int i = (int)threadIdx.x; i < s.v.T * pieces; i += THREADS)
-        x[i] = ((const uint4 *)s.v.x)[i];
-    __syncthreads();
-    for (int i = warp; i < s.v.T * s.shared.width; i += warps)
-        inner_row(s.shared, 0, i % s.shared.width, x + i / s.shared.width * pieces, s.v.D, &s.shared.h[i]);
-    kl_grid_wait();
-    kl_grid_release();
-    choose(s, m);
-    if (blockIdx.x == 0)
-        put_choice(s, m);
-    for (int i = warp; i < s.v.T * s.v.top_k * s.routed.width; i += warps) {
-        int slot = i / s.routed.width;
-        inner_row(s.routed, m.id[slot], i % s.routed.width, x + slot / s.v.top_k * pieces, s.v.D, &s.routed.h[i]);
-    }
-}
-
-/* Rows d of w2 of several slots, two at a time: slot_d = w2[d,:] h. */
-struct outer_rows {
-    enum { TOGETHER = 2, AHEAD = 4 };
-    const experts &w;
-    const int *id;   /* expert of each slot; NULL: 0 */
-    int d, count, slots;
-    uint4 p[TOGETHER][AHEAD];
-
-    __device__ __forceinline__ void load(int i, int from)
-    {
-        int pieces = w.width / 8;
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++) {
-            int at = i + n * WARPS, slot = at / count;
-            const uint16_t *row = w.w2 + (at < slots * count ? (id ? id[slot] : 0) * w.stride2 + (int64_t)(d + at % count) * w.width : 0);
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++)
-                p[n][j] = piece_of(row, from + 32 * j + kl_lane(), at < slots * count ? pieces : 0);
-        }
-    }
-    /* h: [slots,width] in shared memory; out [slots,count]. The first load is done. */
-    __device__ __forceinline__ void run(const uint4 *h, float *out)
-    {
-        int pieces = w.width / 8, warp = (int)threadIdx.x / 32;
-        bool loaded = true;
-        for (int i = warp; i < slots * count; i += TOGETHER * WARPS) {
-            float sum[TOGETHER] = {};
-            for (int from = 0; from < pieces; from += 32 * AHEAD) {
-                if (!loaded)
-                    load(i, from);
-                loaded = false;
-#pragma unroll
-                for (int n = 0; n < TOGETHER; n++) {
-                    int at = i + n * WARPS, slot = at / count;
-#pragma unroll
-                    for (int j = 0; j < AHEAD; j++) {
-                        int piece = from + 32 * j + kl_lane();
-                        if (at < slots * count && piece < pieces)
-                            add_product(sum[n], p[n][j], h[slot * pieces + piece]);
-                    }
+            for (int j = 0; j < MOE_PLACE_BYTES / 1024; j++) {
+                int piece = 32 * j + kl_lane();
+                if (piece < pieces) {
+                    uint4 v = at[column / 8 + piece];
+                    add_product(a, w1[piece], v);
+                    add_product(b, w3[piece], v);
                 }
             }
-#pragma unroll
-            for (int n = 0; n < TOGETHER; n++) {
-                float all = kl_warp_sum(sum[n]);
-                if (kl_lane() == 0 && i + n * WARPS < slots * count)
-                    out[i + n * WARPS] = all;
-            }
+            ring.next();
         }
+        a = kl_warp_sum(a);
+        b = kl_warp_sum(b);
+        if (kl_lane() == 0)
+            h[i] = kl_to_bf16(a * kl_rcp(1.0f + kl_exp2(-1.44269504f * a)) * b);
     }
-};
+}
 
-__device__ __forceinline__ void fetch_h(uint4 *to, const experts &w, int slots)
+/* part[slot][d] = w2[d,:] h_slot */
+__device__ __forceinline__ void outer(moe_ring &ring, const moe_rows &list, const uint4 *h, float *part, int share)
 {
-    for (int i = (int)threadIdx.x; i < slots * w.width / 8; i += THREADS)
+    for (int i = list.from(ring.warp); i < list.end; i += list.step) {
+        int slot = i / list.rows;
+        const uint4 *at = h + slot * (list.columns / 8);
+        float sum = 0.0f;
+        for (int column = 0; column < list.columns; column += list.wide()) {
+            const uint4 *w2 = (const uint4 *)ring.wait();
+            int pieces = list.pieces(column);
+#pragma unroll
+            for (int j = 0; j < MOE_PLACE_BYTES / 512; j++) {
+                int piece = 32 * j + kl_lane();
+                if (piece < pieces)
+                    add_product(sum, w2[piece], at[column / 8 + piece]);
+            }
+            ring.next();
+        }
+        sum = kl_warp_sum(sum);
+        if (kl_lane() == 0)
+            part[slot * share + i % list.rows] = sum;
+    }
+}
+
+/* ---- the two kinds of warps ---- */
+
+__device__ __forceinline__ void meet(const step &s)
+{
+    kl_barrier(INNER_DONE, THREADS);
+    if (kl_lane() == 0) {
+        kl_add_release(s.arrived, 1);
+        kl_await(s.arrived, (int)gridDim.x);
+    }
+    __syncwarp();
+    kl_barrier(H_THERE, THREADS);
+}
+
+__device__ __forceinline__ void fetch_h(uint4 *to, const experts &w, int thread)
+{
+    for (int i = thread; i < w.slots * w.width / 8; i += WORKERS)
         to[i] = __ldcg((const uint4 *)w.h + i);
 }
 
-__global__ void __launch_bounds__(THREADS, 2) down(const __grid_constant__ step s, int share)
+__device__ __forceinline__ void add_up(const step &s, const room &m, int thread)
 {
-    KL_SHARED(memory);
-    room m = room_of(memory, s.v);
     const moe_router_view &v = s.v;
-    int d = (int)blockIdx.x * share, count = v.D - d < share ? v.D - d : share, slots = v.T * v.top_k, alone = s.shared.width ? v.T : 0;
-    uint4 *h = (uint4 *)m.rest, *h_shared = h + slots * s.routed.width / 8;
-    float *part = (float *)(h_shared + alone * s.shared.width / 8), *part_shared = part + slots * share;
-    choose(s, m);
-    outer_rows routed = {s.routed, m.id, d, count, slots, {}}, shared = {s.shared, nullptr, d, count, alone, {}};
-    routed.load((int)threadIdx.x / 32, 0);
-    kl_grid_wait();
-    kl_grid_release();
-    fetch_h(h, s.routed, slots);
-    fetch_h(h_shared, s.shared, alone);
-    __syncthreads();
-    routed.run(h, part);
-    if (alone) {
-        shared.load((int)threadIdx.x / 32, 0);
-        shared.run(h_shared, part_shared);
-    }
-    __syncthreads();
-    for (int i = (int)threadIdx.x; i < v.T * count; i += THREADS) {
+    int d = (int)blockIdx.x * s.share, count = m.list[s.shared.slots ? SHARED_OUTER : ROUTED_OUTER].rows;
+    for (int i = thread; i < v.T * count; i += WORKERS) {
         int t = i / count, at = i % count;
-        float sum = alone ? part_shared[i] : 0.0f;
+        float sum = s.shared.slots ? m.part_shared[t * s.share + at] : 0.0f;
         for (int k = 0; k < v.top_k; k++)
-            sum += m.weight[t * v.top_k + k] * part[(t * v.top_k + k) * count + at];
+            sum += m.weight[t * v.top_k + k] * m.part[(t * v.top_k + k) * s.share + at];
         s.y[(int64_t)t * v.D + d + at] = kl_to_bf16(sum);
     }
+}
+
+__global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ step s)
+{
+    KL_SHARED(memory);
+    room m;
+    lay_out(&m, memory, s);
+    int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), thread = (int)threadIdx.x;
+    if (!s.v.E) /* no logits were computed in between: x may still be on its way */
+        kl_grid_wait();
+    if (warp == WARPS && kl_lane() == 0) {
+        list_rows(s, m);
+        for (int i = 0; i < WARPS * s.depth; i++)
+            kl_mbar_init(&m.full[i], 1);
+        kl_mbar_init_fence();
+    }
+    for (int i = thread; i < s.v.T * s.v.D / 8; i += THREADS)
+        m.x[i] = ((const uint4 *)s.v.x)[i];
+    __syncthreads();
+    moe_ring ring = moe_ring_of(m.rings, m.full, s.depth, m.list, warp);
+    if (warp == WARPS) {
+        kl_grid_wait();
+        choose(s, m);
+    } else {
+        ring.fill(ROUTED_INNER);
+        inner(ring, m.list[SHARED_INNER], m.x, s.v.T, s.shared.h);
+    }
+    __syncthreads();
+    kl_grid_release();
+    if (warp == WARPS) {
+        meet(s);
+        return;
+    }
+    ring.fill(LISTS);
+    inner(ring, m.list[ROUTED_INNER], m.x, s.v.T, s.routed.h);
+    __syncwarp();
+    kl_barrier_arrive(INNER_DONE, THREADS);
+    kl_barrier(H_THERE, THREADS);
+    fetch_h(m.h, s.routed, thread);
+    fetch_h(m.h_shared, s.shared, thread);
+    kl_barrier(WORKERS_MEET, WORKERS);
+    outer(ring, m.list[ROUTED_OUTER], m.h, m.part, s.share);
+    outer(ring, m.list[SHARED_OUTER], m.h_shared, m.part_shared, s.share);
+    kl_barrier(WORKERS_MEET, WORKERS);
+    add_up(s, m, thread);
 }
 
 /* ---- the host's side ---- */
@@ -230,6 +252,7 @@ __global__ void __launch_bounds__(THREADS, 2) down(const __grid_constant__ step 
 struct buffers {
     moe_device_routes routes;
     uint16_t *h, *h_shared;
+    int *arrived;
 };
 
 int64_t choices(const moe_problem *p) { return p->E ? p->top_k : 0; }
@@ -241,48 +264,30 @@ buffers carve(kl_arena *a, const moe_problem *p)
         b.routes = moe_device_routes_carve(a, p, p->T);
     b.h = KL_TAKE(a, uint16_t, p->T * choices(p) * p->I);
     b.h_shared = KL_TAKE(a, uint16_t, p->T * p->Is);
+    b.arrived = KL_TAKE(a, int, 1);
     return b;
 }
 
-kl_status describe(experts *x, const char *const name[3], const void *const *w1, const void *const *w3, const void *const *w2, int64_t E, int64_t width, int64_t D,
-                   uint16_t *h)
+kl_status describe(experts *x, const moe_problem *p, bool shared, uint16_t *h)
 {
-    moe_weights a, b, c;
-    KL_TRY(moe_weights_of(&a, name[0], w1, E, width, D));
-    KL_TRY(moe_weights_of(&b, name[1], w3, E, width, D));
-    KL_TRY(moe_weights_of(&c, name[2], w2, E, D, width));
-    if (a.stride != b.stride)
-        return kl_error(KL_EUNSUPPORTED, "moe: w3: expected experts as far apart as those of w1, %lld elements, got %lld", (long long)a.stride, (long long)b.stride);
-    *x = {a.base, b.base, c.base, a.stride, c.stride, (int)width, h};
+    moe_expert_weights w;
+    KL_TRY(moe_expert_weights_of(&w, p, shared));
+    if (w.w1.stride != w.w3.stride)
+        return kl_error(KL_EUNSUPPORTED, "moe: w3: expected experts as far apart as those of w1, %lld elements, got %lld", (long long)w.w1.stride, (long long)w.w3.stride);
+    *x = {w.w1.base, w.w3.base, w.w2.base, w.w1.stride, w.w2.stride, (int)w.w1.rows, (int)(p->T * (shared ? 1 : p->top_k)), h};
     return kl_ok();
 }
 
 kl_status describe_all(step *s, const moe_problem *p, const buffers &b)
 {
-    static const char *const routed[] = {"w1", "w3", "w2"}, *const shared[] = {"shared_w1", "shared_w3", "shared_w2"};
+    s->v.T = (int)p->T;
+    s->v.D = (int)p->D;
+    s->v.x = (const uint16_t *)p->x;
     if (p->E) {
         s->v = moe_view_of(p, 0, p->T, &b.routes);
-        KL_TRY(describe(&s->routed, routed, p->w1, p->w3, p->w2, p->E, p->I, p->D, b.h));
-    } else {
-        s->v.T = (int)p->T;
-        s->v.D = (int)p->D;
-        s->v.x = (const uint16_t *)p->x;
+        KL_TRY(describe(&s->routed, p, false, b.h));
     }
-    if (p->Is)
-        KL_TRY(describe(&s->shared, shared, &p->shared_w1, &p->shared_w3, &p->shared_w2, 1, p->Is, p->D, b.h_shared));
-    return kl_ok();
-}
-
-size_t inner_bytes(const moe_problem *p)
-{
-    return choice_bytes((int)p->T, (int)choices(p), (int)p->E, (int)p->n_group) + (size_t)(p->T * p->D) * sizeof(uint16_t);
-}
-
-size_t outer_bytes(const moe_problem *p, int64_t share)
-{
-    int64_t slots = p->T * choices(p), alone = p->Is ? p->T : 0;
-    return choice_bytes((int)p->T, (int)choices(p), (int)p->E, (int)p->n_group) + (size_t)(slots * p->I + alone * p->Is) * sizeof(uint16_t) +
-           (size_t)((slots + alone) * share) * sizeof(float);
+    return p->Is ? describe(&s->shared, p, true, b.h_shared) : kl_ok();
 }
 
 } // namespace
@@ -308,22 +313,26 @@ kl_status moe_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *wor
         return kl_error(KL_EINVAL, "moe: workspace: expected %zu bytes, got %zu", moe_cuda_recurrent_workspace(ctx, p, KL_FORWARD), bytes);
     if (p->T == 0)
         return kl_ok();
+    kl_grid g;
+    g.x = kl_gpu_multiprocessors(ctx);
+    g.threads = THREADS;
+    g.overlap = g.resident = true;
     step s = {};
     s.y = (uint16_t *)p->y;
     s.id = p->chosen;
     s.weight = p->chosen_weight;
     s.logit = b.routes.logit;
+    s.arrived = b.arrived;
+    s.share = (int)moe_ceil(p->D, g.x);
     KL_TRY(describe_all(&s, p, b));
+    room m;
+    size_t rest = lay_out(&m, nullptr, s), ring = (size_t)WARPS * MOE_PLACE_BYTES;
+    s.depth = (int)std::min<size_t>(MOE_MOST_PLACES, (MOST_BYTES - rest) / ring);
+    g.shared = lay_out(&m, nullptr, s) + s.depth * ring;
+    kl_range range("moe stream");
     if (p->E)
-        KL_TRY(moe_device_logits(ctx, p, 0, p->T, &b.routes));
-    kl_grid g;
-    g.x = kl_gpu_multiprocessors(ctx);
-    g.threads = THREADS;
-    g.shared = inner_bytes(p);
-    g.overlap = true;
-    KL_TRY(kl_launch(ctx, "moe recurrent inner", g, gate_up, s));
-    int64_t share = moe_ceil(p->D, g.x);
-    g.x = moe_ceil(p->D, share);
-    g.shared = outer_bytes(p, share);
-    return kl_launch(ctx, "moe recurrent outer", g, down, s, (int)share);
+        KL_TRY(moe_device_logits(ctx, p, 0, p->T, &b.routes, b.arrived));
+    else
+        KL_TRY(kl_gpu_fill(ctx, b.arrived, 0, sizeof *b.arrived));
+    return kl_launch(ctx, "moe stream", g, stream, s);
 }

@@ -3,6 +3,7 @@
  * A token's logits have the same bits however many tokens come with it: the D columns are cut into at most SEGMENTS runs,
  * each is summed by the matrix unit in steps of 16, and the runs' sums are added in order. Few tokens give a warp to a
  * run, many walk through the runs one after the other. */
+#include "common/gpu.h"
 #include "moe/cuda/choose.cuh"
 
 namespace {
@@ -34,17 +35,24 @@ __device__ __forceinline__ uint32_t pair_at(const uint16_t *row, int k, int D, b
     return there && k < D ? *(const uint32_t *)(row + k) : 0u;
 }
 
-__global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constant__ moe_router_view v, float *logit, int segment)
+/* The first thread also sets *cleared (NULL: nothing) to 0. TOKENS: 16, or 8 where there are no more. */
+template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constant__ moe_router_view v, float *logit, int segment, int *cleared)
 {
-    enum { BATCH = 9 }; /* steps whose operands are on their way together */
+    enum { BATCH = TOKENS == 8 ? 18 : 9, LINE = 64 }; /* steps whose operands are on their way together; columns of 128 bytes */
     KL_SHARED(memory);
     float *partial = (float *)memory; /* [parts][SEGMENTS][16][8] */
     int lane = kl_lane(), warp = (int)threadIdx.x / 32, g = lane / 4, c = 2 * (lane & 3);
-    int groups = (v.E + 7) / 8, e0 = (int)blockIdx.x % groups * 8, t0 = (int)blockIdx.x / groups * 16;
+    int groups = (v.E + 7) / 8, e0 = (int)blockIdx.x % groups * 8, t0 = (int)blockIdx.x / groups * TOKENS;
     int end = (warp + 1) * segment < v.D ? (warp + 1) * segment : v.D;
     const uint16_t *x0 = v.x + (int64_t)(t0 + g) * v.D, *x1 = x0 + (int64_t)8 * v.D;
-    bool there0 = t0 + g < v.T, there1 = t0 + g + 8 < v.T, there = e0 + g < v.E;
+    bool there0 = t0 + g < v.T, there1 = TOKENS > 8 && t0 + g + 8 < v.T, there = e0 + g < v.E;
+    for (int n = 0; n < v.parts; n++)
+        for (int at = (int)threadIdx.x * LINE; at < min(8, v.E - e0) * v.D; at += 32 * SEGMENTS * LINE)
+            kl_prefetch(v.router + ((int64_t)n * v.E + e0) * v.D + at);
     kl_grid_wait();
+    kl_grid_release();
+    if (cleared && blockIdx.x == 0 && threadIdx.x == 0)
+        *cleared = 0;
     for (int n = 0; n < v.parts; n++) {
         const uint16_t *w = v.router + ((int64_t)n * v.E + e0 + g) * v.D;
         float sum[4] = {};
@@ -65,10 +73,9 @@ __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constan
         for (int i = 0; i < 4; i++)
             partial[((n * SEGMENTS + warp) * 16 + g + 8 * (i >> 1)) * 8 + c + (i & 1)] = sum[i];
     }
-    kl_grid_release();
     __syncthreads();
     int t = (int)threadIdx.x / 8, e = (int)threadIdx.x % 8;
-    if (threadIdx.x >= 128 || t0 + t >= v.T || e0 + e >= v.E)
+    if (threadIdx.x >= 8 * TOKENS || t0 + t >= v.T || e0 + e >= v.E)
         return;
     float sum = 0.0f;
     for (int n = 0; n < v.parts * SEGMENTS; n++)
@@ -252,23 +259,29 @@ moe_router_view moe_view_of(const moe_problem *p, int64_t t, int64_t count, cons
     return v;
 }
 
-kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r)
+kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, int *cleared)
 {
     if (r->split && t == 0)
         KL_TRY(split_router(ctx, p, r->split));
     moe_router_view v = moe_view_of(p, t, count, r);
-    bool few = count <= FEW_TOKENS;
     kl_grid g;
-    g.x = few ? moe_ceil(count, 16) * moe_ceil(p->E, 8) : moe_ceil(count, TILE) * moe_ceil(p->E, TILE);
-    g.threads = few ? 32 * SEGMENTS : (int)MANY_THREADS;
-    g.shared = few ? (size_t)v.parts * SEGMENTS * 128 * sizeof(float) : (size_t)STAGES * 2 * TILE_BYTES;
     g.overlap = true;
-    return kl_launch(ctx, "moe logits", g, few ? logits_few : logits_many, v, r->logit, segment_of(p->D));
+    if (count <= FEW_TOKENS) {
+        g.x = moe_ceil(count, count <= 8 ? 8 : 16) * moe_ceil(p->E, 8);
+        g.threads = 32 * SEGMENTS;
+        g.shared = (size_t)v.parts * SEGMENTS * 128 * sizeof(float);
+        return kl_launch(ctx, "moe logits", g, count <= 8 ? logits_few<8> : logits_few<16>, v, r->logit, segment_of(p->D), cleared);
+    }
+    g.x = moe_ceil(count, TILE) * moe_ceil(p->E, TILE);
+    g.threads = MANY_THREADS;
+    g.shared = (size_t)STAGES * 2 * TILE_BYTES;
+    return kl_launch(ctx, "moe logits", g, logits_many, v, r->logit, segment_of(p->D));
 }
 
 kl_status moe_device_route(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r)
 {
-    KL_TRY(moe_device_logits(ctx, p, t, count, r));
+    kl_range range("moe router");
+    KL_TRY(moe_device_logits(ctx, p, t, count, r, nullptr));
     chosen out = {*r, p->chosen ? p->chosen + t * p->top_k : nullptr, p->chosen_weight ? p->chosen_weight + t * p->top_k : nullptr};
     kl_grid g;
     g.x = moe_ceil(count, MOE_CHUNK);

@@ -4,6 +4,7 @@
  *     s = sigmoid(l):  dl = s (1 - s) ds;   s = softmax(l):  dl = s (ds - sum s ds);   drouter += dl^T x
  *
  * After a sigmoid only the chosen experts' dl are not 0, and only those are written and read. */
+#include "common/gpu.h"
 #include "moe/cuda/backward.cuh"
 #include "moe/cuda/choose.cuh"
 
@@ -99,6 +100,7 @@ template <int EXPERTS> __global__ void __launch_bounds__(THREADS) router_gradien
 kl_status moe_device_route_back(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, const moe_device_rows *rows,
                                 const float *dc, float *drouter)
 {
+    kl_range range("moe router_bwd");
     way_back b = {moe_view_of(p, t, count, r), *r, rows->row_of, rows->first, rows->token, dc, drouter};
     kl_grid g;
     g.x = moe_ceil(count, WARPS);

@@ -85,16 +85,6 @@ __device__ __forceinline__ void fetch(shared &m, const moe_weight_product &p, in
     }
 }
 
-__device__ __forceinline__ void add_to(float *to, int j, int J, const float *c)
-{
-    if (!to || j >= J)
-        return;
-    float2 sum = *(const float2 *)(to + j);
-    sum.x += c[0];
-    sum.y += c[1];
-    *(float2 *)(to + j) = sum;
-}
-
 /* Rows of `half` of c: lane 4 g + t has rows g and g + 8 of each warp's 16. Of two weights, eight by eight, g is a row of the first, g + 8 of the second. */
 __device__ __forceinline__ void add_half(const moe_weight_product &p, const item &it, const float *c, int from)
 {
@@ -106,8 +96,10 @@ __device__ __forceinline__ void add_half(const moe_weight_product &p, const item
 #pragma unroll
     for (int n = 0; n < N / 8; n++) {
         int j = it.j + 8 * n + 2 * (lane & 3);
-        add_to(to0, j, p.J, c + 4 * n);
-        add_to(to1, j, p.J, c + 4 * n + 2);
+        if (to0 && j < p.J)
+            kl_add_pair(to0 + j, c[4 * n], c[4 * n + 1]);
+        if (to1 && j < p.J)
+            kl_add_pair(to1 + j, c[4 * n + 2], c[4 * n + 3]);
     }
 }
 
@@ -173,6 +165,7 @@ __global__ void __launch_bounds__(THREADS, 1) weight_products(const __grid_const
 
 kl_status moe_device_weight_product(const kl_ctx *ctx, const char *name, const moe_weight_product &p)
 {
+    kl_range range(name);
     kl_grid g;
     g.x = kl_gpu_multiprocessors(ctx);
     g.threads = THREADS;
