@@ -13,31 +13,23 @@
 #include "common/gpu.h"
 #include "harness/reference_variants.h"
 #include "kda/internal.h"
+#include "tests/device.h"
 #include "tests/expect.h"
 
-static kl_ctx *ctx;
 static kl_scratch scratch;
 
 static int open_device(void **state)
 {
     (void)state;
-    return kl_gpu_count() > 0 && kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA}));
+    return open_ctx();
 }
 
 static int close_device(void **state)
 {
     (void)state;
     kl_scratch_free(&scratch);
-    kl_ctx_destroy(ctx);
-    return 0;
+    return close_ctx();
 }
-
-#define NEEDS_DEVICE() \
-    do {               \
-        (void)state;   \
-        if (!ctx)      \
-            skip();    \
-    } while (0)
 
 /* ---- the scan with the parts that a test asks for, as a variant ---- */
 
