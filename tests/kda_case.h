@@ -13,6 +13,7 @@
 #include "common/rng.h"
 #include "kda/kda.h"
 #include "reference/kda.h"
+#include "tests/mirror.h"
 
 typedef enum { DECAY_SLOW, DECAY_MIXED, DECAY_STRONG, DECAY_ZERO, DECAY_FIVE, DECAY_SIXTY_OR_ZERO, DECAY_THOUSAND } case_decay;
 
@@ -36,7 +37,10 @@ typedef struct kda_case {
     int64_t *cu_seqlens, *state_index;
     /* reference results, dense, state [K,V] */
     double *o, *ht, *after, *dq, *dk, *dv, *dg, *dbeta, *dA_log, *ddt_bias, *dh0;
-    void *owned[64];
+    struct {
+        void *at;
+        size_t bytes;
+    } owned[64];
     int owned_count;
 } kda_case;
 
@@ -47,15 +51,23 @@ static inline void *case_alloc(kda_case *c, int64_t count, size_t size, int byte
     if (!x || c->owned_count == 64)
         abort();
     memset(x, byte, bytes);
-    return c->owned[c->owned_count++] = x;
+    c->owned[c->owned_count].at = x;
+    c->owned[c->owned_count++].bytes = bytes;
+    return x;
 }
 static inline float *case_floats(kda_case *c, int64_t n) { return case_alloc(c, n, sizeof(float), 0xff); }
 static inline double *case_doubles(kda_case *c, int64_t n) { return case_alloc(c, n, sizeof(double), 0); }
 
+/* Frees what was allocated after the first `kept`. */
+static inline void case_release(kda_case *c, int kept)
+{
+    while (c->owned_count > kept)
+        free(c->owned[--c->owned_count].at);
+}
+
 static inline void case_free(kda_case *c)
 {
-    while (c->owned_count)
-        free(c->owned[--c->owned_count]);
+    case_release(c, 0);
     free(c);
 }
 
@@ -272,13 +284,35 @@ static inline void case_reference(kda_case *c, bool backward)
             if (ref_kda_backward(&ref, &d))
                 abort();
         }
-        while (c->owned_count > kept)
-            free(c->owned[--c->owned_count]);
+        case_release(c, kept);
     }
 }
 
 /* ---- running and comparing ---- */
 
+enum { CASE_GUARD = 64 };
+
+/* Everything that the case owns; on the CPU nothing. */
+static inline void case_lend(mirror *m, const kda_case *c)
+{
+    for (int i = 0; i < c->owned_count; i++)
+        lend(m, c->owned[i].at, c->owned[i].bytes);
+}
+
+/* The problem as a call on the mirror's device finds it. */
+static inline kda_problem case_mirrored(const mirror *m, const kda_problem *given)
+{
+    kda_problem p = *given;
+    const void **in[] = {&p.q, &p.k, &p.v, &p.g, &p.beta, (const void **)&p.A_log, (const void **)&p.dt_bias, &p.h0, (const void **)&p.state_index};
+    void **out[] = {&p.o, &p.ht, (void **)&p.chunk_states, (void **)&p.token_states};
+    for (size_t i = 0; i < sizeof in / sizeof *in; i++)
+        *in[i] = mirrored(m, *in[i]);
+    for (size_t i = 0; i < sizeof out / sizeof *out; i++)
+        *out[i] = mirrored(m, *out[i]);
+    return p;
+}
+
+/* Runs with the workspace that was asked for, NaN, and a guard behind it. Backward on the CPU alone. */
 static inline kl_status case_run_on(kl_device device, kda_case *c, const char *variant, kl_pass pass, int threads)
 {
     kl_ctx *ctx;
@@ -287,15 +321,17 @@ static inline kl_status case_run_on(kl_device device, kda_case *c, const char *v
         return s;
     const kl_variant *v = kda_pick(device, variant, &c->p, pass);
     size_t bytes = v->workspace(ctx, &c->p, pass);
-    char *workspace = aligned_alloc(64, (bytes + 127) / 64 * 64);
-    if (!workspace)
-        abort();
-    memset(workspace, 0xff, bytes + 64);
-    s = pass == KL_FORWARD ? v->forward(ctx, &c->p, workspace, bytes) : v->backward(ctx, &c->p, &c->g, workspace, bytes);
-    for (size_t i = 0; i < 64; i++)
-        if ((unsigned char)workspace[bytes + i] != 0xff)
+    unsigned char *workspace = case_alloc(c, (int64_t)bytes + CASE_GUARD, 1, 0xff);
+    mirror m = {.ctx = ctx};
+    case_lend(&m, c);
+    kda_problem p = case_mirrored(&m, &c->p);
+    void *there = mirrored(&m, workspace);
+    s = pass == KL_FORWARD ? v->forward(ctx, &p, there, bytes) : v->backward(ctx, &p, &c->g, there, bytes);
+    take_back(&m);
+    for (size_t i = 0; i < CASE_GUARD; i++)
+        if (workspace[bytes + i] != 0xff)
             s = kl_error(KL_EINVAL, "workspace: written beyond its end");
-    free(workspace);
+    case_release(c, c->owned_count - 1);
     kl_ctx_destroy(ctx);
     return s;
 }
@@ -335,7 +371,7 @@ static inline void case_add_state(kda_case *c, case_norms *s, const float *state
         s->diff += (x[i] - ref[i]) * (x[i] - ref[i]);
         s->ref += ref[i] * ref[i];
     }
-    free(c->owned[--c->owned_count]);
+    case_release(c, c->owned_count - 1);
 }
 
 static inline double case_score(case_norms s) { return sqrt(s.diff / (s.ref > 0.0 ? s.ref : 1.0)); }
