@@ -336,7 +336,7 @@ static kl_status open_device(around *a)
 static kl_status bench_pass(kl_bench *b, around *a, kl_pass pass)
 {
     const around_case *c = a->c;
-    kl_shape shape = {.N = c->operation == DECODE ? c->N : 0, .T = c->T, .H = c->H, .HV = c->H, .K = DIM, .V = DIM, .G = DIM};
+    kl_shape shape = {.N = c->operation == DECODE ? c->N : 0, .T = c->T, .H = c->H, .HV = c->H, .K = DIM, .V = DIM, .G = DIM, .value_first = c->layout == KDA_STATE_VK};
     kl_device_times times;
     kl_bench_row row = {.family = "kda", .variant = operations[c->operation].name, .shape = &shape, .device = &times, .memory_gbps = b->ceilings.copy_gbps,
                         .memory_name = "copy", .pass = c->operation == DECODE ? KL_BENCH_DECODE : pass == KL_BACKWARD ? KL_BENCH_BWD : KL_BENCH_FWD};
@@ -362,7 +362,8 @@ static kl_status bench_pass(kl_bench *b, around *a, kl_pass pass)
 kl_status kl_bench_around(kl_bench *b)
 {
     const around_case cases[] = {{CONV, KL_BF16, 1, 8192, 96, KDA_STATE_KV}, {NORM, KL_BF16, 1, 8192, 32, KDA_STATE_KV}, {DECODE, KL_BF16, 8, 1, 32, KDA_STATE_KV},
-                                 {DECODE, KL_BF16, 32, 1, 32, KDA_STATE_KV}, {DECODE, KL_BF16, 128, 1, 32, KDA_STATE_KV}};
+                                 {DECODE, KL_BF16, 32, 1, 32, KDA_STATE_KV}, {DECODE, KL_BF16, 128, 1, 32, KDA_STATE_KV}, {DECODE, KL_BF16, 8, 1, 32, KDA_STATE_VK},
+                                 {DECODE, KL_BF16, 32, 1, 32, KDA_STATE_VK}, {DECODE, KL_BF16, 128, 1, 32, KDA_STATE_VK}};
     enum { COLD_BYTES = 192 << 20 };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         around_case c = cases[i];

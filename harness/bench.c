@@ -28,7 +28,7 @@ static kl_status build(const kl_bench *b, kl_family family, const kl_shape *s, k
     const int64_t *packed = s->length_count ? lengths : NULL;
     if (family == KL_FAMILY_KDA)
         return kl_case_kda(c, &(kl_kda_spec){.B = packed ? 1 : s->B, .T = T, .H = s->H, .HV = s->HV, .K = s->K, .V = s->V, .G = s->G,
-                                             .chunk = s->C, .lengths = packed, .sequences = s->length_count, .regime = b->regime,
+                                             .state_layout = s->value_first ? KDA_STATE_VK : KDA_STATE_KV, .chunk = s->C, .lengths = packed, .sequences = s->length_count, .regime = b->regime,
                                              .state = true, .backward = backward, .seed = 1});
     if (family == KL_FAMILY_MLA)
         return kl_case_mla(c, &(kl_mla_spec){.N = packed ? s->length_count : s->N, .T = T, .Tq = pass == KL_BENCH_DECODE ? 1 : s->Tq, .H = s->H,
@@ -72,7 +72,7 @@ static kl_status prepare(kl_bench *b, kl_family family, const kl_shape *s, kl_be
     if (m->reduced)
         KL_TRY(build(b, family, s, pass, T, &m->scored));
     KL_TRY(wanted_values(b, m->reduced ? &m->scored : &m->timed, half));
-    if (family == KL_FAMILY_KDA && pass == KL_BENCH_FWD) {
+    if (family == KL_FAMILY_KDA && pass == KL_BENCH_FWD && !s->value_first) {
         KL_TRY(kl_case_dplr(&m->general, &m->timed));
         if (m->reduced)
             KL_TRY(kl_case_dplr(&m->general_scored, &m->scored));

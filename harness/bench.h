@@ -21,6 +21,7 @@ typedef struct kl_shape {
     int64_t B, T, H, HV, K, V, G, C;          /* kda; N too: packed sequences of T / N tokens */
     int64_t dplr;                             /* kda on a device: the general recurrence beside it */
     int64_t raw;                              /* kda: bounded gate, norms and sigmoid of beta inside the kernel */
+    int64_t value_first;                      /* kda: the state is [V,K] */
     int64_t N, Tq, R, Dn, Dr, Dv;             /* mla */
     int64_t D, E, I, Is, top_k;               /* moe */
     int64_t new_tokens;                       /* model: tokens to decode */

@@ -18,7 +18,8 @@ static kl_status complete(kl_workload *w)
     s->G = s->G == 0 ? s->K : s->G;
     s->N = s->length_count ? s->length_count : s->B;
     KL_REQUIRE(s->HV % s->H == 0, "--shapes: HV: expected a multiple of H = %lld, got %lld", (long long)s->H, (long long)s->HV);
-    KL_REQUIRE(w->family == KL_FAMILY_KDA || (!s->raw && s->HV == s->H), "--shapes: dplr: expected raw = 0 and HV = H beside it");
+    KL_REQUIRE(w->family == KL_FAMILY_KDA || (!s->raw && !s->value_first && s->HV == s->H),
+               "--shapes: dplr: expected raw = 0, value_first = 0 and HV = H beside it");
     return kl_ok();
 }
 
@@ -36,6 +37,7 @@ static void lay_out(const kl_workload *w, kl_tensors *t, kl_arena *a)
     kda_grads *d = &t->grads.kda;
     *p = (kda_problem){
         .B = B, .T = s->T, .N = N, .H = s->H, .HV = s->HV, .K = s->K, .V = s->V, .G = G, .cu_seqlens = w->host_table, .dtype = KL_BF16, .chunk = s->C,
+        .state_layout = s->value_first ? KDA_STATE_VK : KDA_STATE_KV,
         .gate = gated ? KDA_GATE_BOUNDED : KDA_GATE_LOG, .lower_bound = gated ? -5.0f : 0.0f, .beta_kind = s->raw ? KDA_BETA_SIGMOID : KDA_BETA_PLAIN,
         .qk_l2norm = s->raw, .q = KL_TAKE(a, uint16_t, keys), .k = KL_TAKE(a, uint16_t, keys), .v = KL_TAKE(a, uint16_t, values),
         .g = G ? KL_TAKE(a, uint16_t, gates) : NULL, .beta = KL_TAKE(a, uint16_t, tokens * s->HV),
@@ -132,7 +134,7 @@ static kl_status make_sample(kl_workload *w)
     int64_t group = s->HV / s->H;
     kl_kda_spec spec = {.B = p->B, .T = s->T, .H = w->heads, .HV = w->heads * group, .K = s->K, .V = s->V, .G = s->G, .chunk = s->C,
                         .lengths = s->length_count ? s->lengths : NULL, .sequences = s->length_count, .regime = w->b->regime,
-                        .gate = p->gate, .beta_kind = p->beta_kind, .qk_l2norm = p->qk_l2norm, .state = true,
+                        .gate = p->gate, .state_layout = p->state_layout, .beta_kind = p->beta_kind, .qk_l2norm = p->qk_l2norm, .state = true,
                         .backward = w->backward, .blank = true, .seed = 1};
     kl_case kda;
     KL_TRY(kl_case_kda(&kda, &spec));

@@ -47,7 +47,8 @@ static void add_size(cJSON *o, const char *name, int64_t n)
 static void add_shape(cJSON *o, const kl_shape *s)
 {
     const struct { const char *name; int64_t value; } size[] = {
-        {"B", s->B}, {"T", s->T}, {"N", s->N}, {"H", s->H}, {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"C", s->C}, {"raw", s->raw}, {"Tq", s->Tq},
+        {"B", s->B}, {"T", s->T}, {"N", s->N}, {"H", s->H}, {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"C", s->C}, {"raw", s->raw}, {"value_first", s->value_first},
+        {"Tq", s->Tq},
         {"R", s->R}, {"Dn", s->Dn}, {"Dr", s->Dr}, {"Dv", s->Dv}, {"D", s->D}, {"E", s->E}, {"I", s->I}, {"Is", s->Is}, {"top_k", s->top_k}};
     for (size_t i = 0; i < sizeof size / sizeof *size; i++)
         add_size(o, size[i].name, size[i].value);
@@ -161,7 +162,9 @@ static void describe(const kl_shape *s, char *text, size_t size)
     if (s->length_count && used < size)
         used += (size_t)snprintf(text + used, size - used, " %lld packed", (long long)s->length_count);
     if (s->R && used < size)
-        snprintf(text + used, size - used, " %s", s->latent == KL_BF16 ? "bf16" : "f32");
+        used += (size_t)snprintf(text + used, size - used, " %s", s->latent == KL_BF16 ? "bf16" : "f32");
+    if (s->value_first && used < size)
+        snprintf(text + used, size - used, " [V,K]");
 }
 
 static void print_time(const kl_spread *s)

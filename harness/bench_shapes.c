@@ -11,7 +11,7 @@ static const kl_shape_list lists[] = {
     {"kda", "heads32", "T=8192,H=32;T=32768;T=131072", "the released model's heads", {[KL_BENCH_FWD] = true}},
     {"kda", "heads96", "T=8192,H=64;T=8192,H=96;lengths=1300+547+2048+963+271+3063;T=8192,N=8", "many heads, one sequence and several", {[KL_BENCH_FWD] = true}},
     {"kda", "train", "T=8192,H=32,raw=1", "forward and backward with gate, norms and sigmoid inside", {[KL_BENCH_FWD] = true, [KL_BENCH_BWD] = true, [KL_BENCH_FWDBWD] = true}},
-    {"kda", "decode", "T=1,H=32,B=8;B=32;B=64;B=128;B=256", "one token for each of B sequences", {[KL_BENCH_DECODE] = true}},
+    {"kda", "decode", "T=1,H=32,B=8;B=32;B=64;B=128;B=256;B=8,value_first=1;B=32;B=64;B=128;B=256", "one token for each of B sequences, the state [K,V] and [V,K]", {[KL_BENCH_DECODE] = true}},
     {"kda", "fig2", "T=2048,H=16,dplr=1;T=4096;T=8192;T=16384;T=32768;T=65536;T=2048,G=8,dplr=0;T=4096;T=8192;T=16384;T=32768;T=65536;"
      "T=2048,G=1;T=4096;T=8192;T=16384;T=32768;T=65536", "KDA and general DPLR, gates a block of 16, gates a head", {[KL_BENCH_FWD] = true}},
     {"kda", "gates", "T=8192,H=32;G=32;G=8;G=1;G=0", "gates a channel, a block, a head, and none", {[KL_BENCH_FWD] = true}},
@@ -57,6 +57,7 @@ static const struct shape_key {
     {"C", "layers", offsetof(kl_shape, C), 1, INT64_C(1) << 36},
     {"raw", "kda", offsetof(kl_shape, raw), 0, 1},
     {"dplr", "kda", offsetof(kl_shape, dplr), 0, 1},
+    {"value_first", "kda", offsetof(kl_shape, value_first), 0, 1},
     {"N", "kda mla layers", offsetof(kl_shape, N), 1, 1 << 24},
     {"Tq", "mla", offsetof(kl_shape, Tq), 0, INT64_C(1) << 36},
     {"R", "mla", offsetof(kl_shape, R), 1, 4096},

@@ -123,7 +123,7 @@ static void what_is_around_the_recurrence(void **state)
     assert_true(v.rows >= 40);
     kl_bench b = {.ctx = ctx, .quiet = true, .runs = 1};
     assert_ok(kl_bench_around(&b));
-    assert_int_equal(b.rows, 7);
+    assert_int_equal(b.rows, 10);
     assert_false(b.wrong);
     kl_lines_free(&b.lines);
 }

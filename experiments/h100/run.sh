@@ -72,7 +72,7 @@ bench_all() {
         done
     done
     step "training" bench kda_train --shapes train --variant chunk
-    step "decoding" bench kda_decode --shapes decode
+    step "decoding" bench kda_decode --shapes decode --variant recurrent
     step "convolution, gated norm, decode layer" bench kda_around --shapes around
     step "KDA, general DPLR, Gated DeltaNet" bench kda_fig2 --shapes fig2 --variant chunk
     step "granularity of the gate" bench kda_gates --shapes gates --variant chunk
