@@ -16,6 +16,10 @@ const kl_tolerance kl_tol_layers_bf16 = {"layers, bf16 operands or results", 4e-
 const kl_tolerance kl_tol_muon = {"Muon, bf16 products", 3e-2, 3e-2, "fifteen products in a row, each rounded; small singular values grow 3.4-fold a step with what was rounded"};
 const kl_tolerance kl_tol_golden_bf16_grad = {"model, gradients stored as bf16", 2e-4, 5e-3, "golden data: half a bf16 ulp is 2e-3"};
 
+/* A sum over tokens and channels can be a thousandth of what its terms' roundings add up to. Where less than this part of the terms is
+ * left, the result says nothing of the computation: it is scored against this part of them. */
+const double kl_tol_cancelled = 0.1;
+
 typedef struct norms {
     double diff2, ref2, bad;
 } norms;
@@ -48,6 +52,16 @@ double kl_rel_err_f32(const float *x, const float *ref, size_t n)
     for (size_t i = 0; i < n; i++)
         add(&s, x[i], ref[i]);
     return score(s, 0.0);
+}
+
+double kl_rel_err_sums(const float *x, const double *ref, const double *terms, size_t n)
+{
+    norms s = {0}, size = {0};
+    for (size_t i = 0; i < n; i++) {
+        add(&s, x[i], ref[i]);
+        add(&size, 0.0, fmax(fabs(ref[i]), kl_tol_cancelled * terms[i]));
+    }
+    return score(s, size.ref2);
 }
 
 double kl_rel_err_blocks(const float *x, const double *ref, size_t T, size_t H, size_t D, size_t window)

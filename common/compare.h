@@ -14,6 +14,10 @@ extern "C" {
 double kl_rel_err(const float *x, const double *ref, size_t n);
 double kl_rel_err_f32(const float *x, const float *ref, size_t n);
 
+/* The same for sums that may cancel: terms [n] are the sums of the absolute values of what each ref is the sum of. An element is scored
+ * against max(|ref|, kl_tol_cancelled * terms). */
+double kl_rel_err_sums(const float *x, const double *ref, const double *terms, size_t n);
+
 /* The worst kl_rel_err over blocks of a [T, H, D] tensor: one score for each head in each window
  * of `window` tokens, so that one broken head or one broken stretch of time cannot hide in the
  * whole. A block is scored against max(||its ref||, floor * ||whole ref|| / sqrt(blocks)), floor
@@ -30,6 +34,7 @@ typedef struct kl_tolerance {
 } kl_tolerance;
 extern const kl_tolerance kl_tol_kda_f32, kl_tol_kda_bf16, kl_tol_kda_bf16_corr;
 extern const kl_tolerance kl_tol_mla_f32, kl_tol_mla_bf16, kl_tol_moe_f32, kl_tol_moe_bf16, kl_tol_model_f32, kl_tol_model_bf16, kl_tol_golden_bf16_grad;
+extern const double kl_tol_cancelled;
 extern const kl_tolerance kl_tol_layers_f32, kl_tol_layers_bf16, kl_tol_muon;
 
 #ifdef __cplusplus

@@ -47,7 +47,7 @@ float *kl_case_output(kl_case *c, kl_arena *a, const char *name, int64_t T, int6
     size_t count = kl_mul(kl_mul((size_t)T, (size_t)H, &overflow), (size_t)D, &overflow);
     a->overflow |= overflow;
     float *out = KL_TAKE(a, float, count);
-    c->tensor[c->count++] = (kl_case_tensor){name, out, NULL, T, H, D, gradient, accumulates};
+    c->tensor[c->count++] = (kl_case_tensor){.name = name, .out = out, .T = T, .H = H, .D = D, .gradient = gradient, .accumulates = accumulates};
     return out;
 }
 
@@ -83,10 +83,18 @@ kl_status kl_case_build(kl_case *c, kl_lay_out lay_out, const void *spec)
     return kl_ok();
 }
 
+void kl_case_forget(kl_case *c)
+{
+    for (int i = 0; i < c->count; i++) {
+        free(c->tensor[i].want);
+        free(c->tensor[i].terms);
+        c->tensor[i].want = c->tensor[i].terms = NULL;
+    }
+}
+
 void kl_case_free(kl_case *c)
 {
-    for (int i = 0; i < c->count; i++)
-        free(c->tensor[i].want);
+    kl_case_forget(c);
     kl_image_free(c->image);
     free(c->memory);
     *c = (kl_case){0};
@@ -212,11 +220,13 @@ kl_status kl_case_keep(kl_case *c, kl_pass pass)
         for (size_t j = 0; j < n; j++)
             t->want[j] = t->out[j];
     }
-    return kl_ok();
+    return c->family == KL_FAMILY_KDA && pass == KL_BACKWARD ? kl_case_kda_terms(c) : kl_ok();
 }
 
 double kl_case_error(const kl_case_tensor *t)
 {
+    if (t->want && t->terms)
+        return kl_rel_err_sums(t->out, t->want, t->terms, (size_t)(t->T * t->H * t->D));
     return t->want ? kl_rel_err(t->out, t->want, (size_t)(t->T * t->H * t->D)) : NAN;
 }
 

@@ -34,6 +34,7 @@ typedef struct kl_case_tensor {
     int64_t T, H, D;   /* how it is cut for scoring: heads, and windows of time */
     bool gradient;     /* written by the backward pass */
     bool accumulates;  /* cleared before a run; the others are poisoned with NaN */
+    double *terms;     /* [T,H,D], of a sum that may cancel: its terms' absolute values added up; NULL: not such a sum */
 } kl_case_tensor;
 
 enum { KL_CASE_TENSORS = 12, KL_SCORE_WINDOW = 64 };
@@ -152,9 +153,10 @@ kl_status kl_case_call(kl_ctx *ctx, const kl_case *c, const kl_variant *v, kl_pa
 /* Poison outputs and workspace, call, and see that nothing was written beyond the workspace; on a device also that
  * neither inputs nor what lies between the tokens nor other slots of the pool were. */
 kl_status kl_case_run(kl_ctx *ctx, kl_case *c, const kl_variant *v, kl_pass pass, kl_scratch *s);
-/* What the last run wrote becomes what is wanted. */
+/* What the last run wrote becomes what is wanted; with it go the terms of sums that may cancel. */
 kl_status kl_case_keep(kl_case *c, kl_pass pass);
-/* ||out - want|| / ||want||, NaN when anything is not finite; blocks: the worst head and window of 64 tokens. */
+/* ||out - want|| / ||want||, NaN when anything is not finite, of sums that may cancel as kl_rel_err_sums has it; blocks: the worst head and
+ * window of 64 tokens. */
 double kl_case_error(const kl_case_tensor *t);
 double kl_case_error_blocks(const kl_case_tensor *t);
 /* The worst kl_case_error of a pass, and which tensor it was (tensor may be NULL). */

@@ -13,6 +13,10 @@ kl_status kl_case_build(kl_case *c, kl_lay_out lay_out, const void *spec);
 /* A tensor that a variant writes, entered into c->tensor. */
 float *kl_case_output(kl_case *c, kl_arena *a, const char *name, int64_t T, int64_t H, int64_t D, bool gradient, bool accumulates);
 
+/* From the wanted dg: the terms that dA_log and ddt_bias are sums of (problem_kda_terms.c). */
+kl_status kl_case_kda_terms(kl_case *c);
+void kl_case_forget(kl_case *c); /* what is wanted */
+
 /* The case in the memory of a device (problem_device.c). */
 struct kl_image;
 void kl_image_free(struct kl_image *image);

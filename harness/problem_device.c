@@ -48,10 +48,8 @@ kl_status kl_case_place(kl_case *c, const kl_placement *place, bool *changed)
     for (int i = 0; i < im.count; i++)
         if (im.part[i].in && im.part[i].kind != KL_PART_STORED)
             any |= round_to((float *)im.part[i].in, im.part[i].dtype, im.part[i].rows * im.part[i].width);
-    for (int i = 0; any && i < c->count; i++) {
-        free(c->tensor[i].want);
-        c->tensor[i].want = NULL;
-    }
+    if (any)
+        kl_case_forget(c);
     c->tolerance = tolerance_of(c);
     size_t used = strlen(c->name);
     snprintf(c->name + used, sizeof c->name - used, " %s%s%s%s%s", place->dtype == KL_BF16 ? "bf16" : "f32",

@@ -345,6 +345,17 @@ static void test_compare_by_blocks(void **state)
     assert_true(kl_rel_err_blocks(x, ref, 0, H, D, 16) == 0.0);
 }
 
+/* A sum of which enough is left is scored against itself, one that has cancelled against a tenth of its terms. */
+static void test_sums_that_cancel(void **state)
+{
+    (void)state;
+    const double ref[] = {3.0, 0.001}, terms[] = {4.0, 40.0}, small[] = {4.0, 0.001};
+    const float x[] = {3.0f, 0.051f}, bad[] = {3.0f, NAN};
+    assert_true(fabs(kl_rel_err_sums(x, ref, terms, 2) - 0.05 / 5.0) < 1e-6);
+    assert_true(fabs(kl_rel_err_sums(x, ref, small, 2) - kl_rel_err(x, ref, 2)) < 1e-9);
+    assert_false(kl_within(kl_rel_err_sums(bad, ref, terms, 2), 1e9));
+}
+
 /* ---- status ---- */
 
 static void test_status(void **state)
@@ -496,6 +507,7 @@ int main(void)
         cmocka_unit_test(test_lanes_fold_in_a_fixed_order),
         cmocka_unit_test(test_compare_fails_on_nan),
         cmocka_unit_test(test_compare_by_blocks),
+        cmocka_unit_test(test_sums_that_cancel),
         cmocka_unit_test(test_status),
         cmocka_unit_test(test_arena),
         cmocka_unit_test(test_spread),
