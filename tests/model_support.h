@@ -15,6 +15,7 @@
 
 #include "common/compare.h"
 #include "harness/model.h"
+#include "tests/folder.h"
 
 #define OK(expr)                                                    \
     do {                                                            \
@@ -106,21 +107,6 @@ static inline float *all_logits(kl_model *m, int64_t N, const int64_t *cu, const
     float *logits = floats((size_t)(cu[N] * m->config.vocab_size));
     OK(kl_model_forward(m, &(kl_batch){.N = N, .cu = cu, .ids = ids}, NULL, &(kl_outputs){.logits = logits}));
     return logits;
-}
-
-/* A fresh directory under the build's; remove it with remove_dir. */
-static inline void make_dir(char path[256])
-{
-    const char *base = getenv("TMPDIR");
-    snprintf(path, 256, "%s/kl-test-XXXXXX", base && *base ? base : "/tmp");
-    assert_non_null(mkdtemp(path));
-}
-
-static inline void remove_dir(const char *path)
-{
-    char command[512];
-    snprintf(command, sizeof command, "rm -rf '%s'", path);
-    assert_int_equal(system(command), 0);
 }
 
 #endif

@@ -2,43 +2,21 @@
 #ifndef TESTS_SCRATCH_H
 #define TESTS_SCRATCH_H
 
-#include <dirent.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "tests/folder.h"
 
 static char scratch[128];
 
 static inline int make_scratch(void **state)
 {
     (void)state;
-    const char *base = getenv("TMPDIR");
-    snprintf(scratch, sizeof scratch, "%s/kl-test-XXXXXX", base && *base ? base : "/tmp");
-    return mkdtemp(scratch) ? 0 : -1;
-}
-
-static inline void remove_tree(const char *path)
-{
-    DIR *dir = opendir(path);
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        char *inner = NULL;
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0 || !(inner = malloc(strlen(path) + strlen(entry->d_name) + 2)))
-            continue;
-        sprintf(inner, "%s/%s", path, entry->d_name);
-        remove_tree(inner);
-        free(inner);
-    }
-    if (dir)
-        closedir(dir);
-    remove(path);
+    make_folder(scratch, sizeof scratch);
+    return 0;
 }
 
 static inline int remove_scratch(void **state)
 {
     (void)state;
-    remove_tree(scratch);
+    remove_folder(scratch);
     return 0;
 }
 

@@ -2,10 +2,9 @@
 #ifndef TESTS_SHELL_H
 #define TESTS_SHELL_H
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
+
+#include "tests/folder.h"
 
 typedef struct shell_result {
     int status;        /* exit status; -1: ended by a signal */
@@ -52,20 +51,6 @@ static inline int shell_lines(const char *text)
     for (; *text; text++)
         lines += *text == '\n';
     return lines;
-}
-
-/* A new directory; shell_remove() deletes it. */
-static inline void shell_scratch(char path[128])
-{
-    const char *base = getenv("TMPDIR");
-    snprintf(path, 128, "%s/kl-test-XXXXXX", base && *base ? base : "/tmp");
-    assert_non_null(mkdtemp(path));
-}
-
-static inline void shell_remove(const char *path)
-{
-    assert_non_null(strstr(path, "/kl-test-"));
-    free(shell("rm -rf '%s'", path));
 }
 
 #endif

@@ -67,9 +67,9 @@ static const cJSON *has(const cJSON *row, const char *key)
 static cJSON *rows_of(const char *arguments)
 {
     char scratch[128];
-    shell_scratch(scratch);
+    make_folder(scratch, sizeof scratch);
     shell_result *r = shell("%s/kl bench %s --runs 2 --threads 1 --json '%s/rows' >'%s/table' && cat '%s/rows'", shell_build(), arguments, scratch, scratch, scratch);
-    shell_remove(scratch);
+    remove_folder(scratch);
     if (r->status != 0)
         fail_msg("kl bench %s: status %d, said:\n%s", arguments, r->status, r->text);
     cJSON *rows = cJSON_CreateArray();

@@ -43,7 +43,7 @@ static void *copy_of(const kl_cache *cache)
 static char *slot_bytes(const kl_cache *cache, int64_t slot, size_t *size)
 {
     char dir[256], path[300];
-    make_dir(dir);
+    make_folder(dir, sizeof dir);
     snprintf(path, sizeof path, "%s/slot", dir);
     OK(kl_cache_save(cache, slot, path));
     FILE *f = fopen(path, "rb");
@@ -54,7 +54,7 @@ static char *slot_bytes(const kl_cache *cache, int64_t slot, size_t *size)
     char *bytes = malloc(*size);
     assert_int_equal(fread(bytes, 1, *size, f), *size);
     fclose(f);
-    remove_dir(dir);
+    remove_folder(dir);
     return bytes;
 }
 
@@ -205,7 +205,7 @@ static void files_bring_a_slot_back(void **state)
     (void)state;
     static const char *const kinds[][3] = {{NULL}, {"hybrid=0:1"}, {"hybrid=n:0"}, {"conv=0"}, {"dtype=bfloat16"}};
     char dir[256], path[300];
-    make_dir(dir);
+    make_folder(dir, sizeof dir);
     snprintf(path, sizeof path, "%s/cache", dir);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         kl_cache *cache = small_cache(kinds[i], 2, 30), *other = small_cache(kinds[i], 3, 13);
@@ -226,7 +226,7 @@ static void files_bring_a_slot_back(void **state)
         kl_cache_destroy(cache);
         kl_cache_destroy(other);
     }
-    remove_dir(dir);
+    remove_folder(dir);
 }
 
 static void refused_untouched(kl_cache *cache, const char *bytes, size_t size, const void *before, const char *text)
@@ -290,7 +290,7 @@ static void file_errors_are_named(void **state)
 {
     (void)state;
     char dir[256], path[300], nested[400];
-    make_dir(dir);
+    make_folder(dir, sizeof dir);
     snprintf(path, sizeof path, "%s/cache", dir);
     snprintf(nested, sizeof nested, "%s/absent/cache", dir);
     kl_cache *cache = small_cache(NULL, 1, 12);
@@ -317,7 +317,7 @@ static void file_errors_are_named(void **state)
     OK(kl_cache_load(cache, 0, path));
     assert_int_equal(cache->length[0], 9);
     kl_cache_destroy(cache);
-    remove_dir(dir);
+    remove_folder(dir);
 }
 
 int main(void)

@@ -19,7 +19,7 @@ static char scratch[128];
 static int set_up(void **state)
 {
     (void)state;
-    shell_scratch(scratch);
+    make_folder(scratch, sizeof scratch);
     setenv("OMP_NUM_THREADS", "1", 1);
     return 0;
 }
@@ -27,7 +27,7 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
-    shell_remove(scratch);
+    remove_folder(scratch);
     return 0;
 }
 

@@ -5,14 +5,10 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
 #include "harness/config.h"
 #include "harness/file.h"
 #include "tests/expect.h"
+#include "tests/scratch.h"
 
 static kl_config preset(const char *name)
 {
@@ -212,21 +208,10 @@ static void files_that_are_none(void **state)
     expect_error(kl_config_load(&c, "tests/golden/models/tiny/model.safetensors"), KL_EFORMAT, "at most 1048576 bytes");
 }
 
-/* A new one; the caller removes it. */
-static void empty_file(char path[256])
-{
-    const char *base = getenv("TMPDIR");
-    snprintf(path, 256, "%s/kl-test-config-XXXXXX", base && *base ? base : "/tmp");
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
-}
-
 static void presets_are_valid_and_survive_saving(void **state)
 {
     (void)state;
-    char path[256];
-    empty_file(path);
+    const char *path = in_scratch("config.json");
     for (int i = 0; kl_config_preset_name(i); i++) {
         kl_config c = preset(kl_config_preset_name(i)), back;
         assert_ok(kl_config_validate(&c));
@@ -234,7 +219,6 @@ static void presets_are_valid_and_survive_saving(void **state)
         assert_ok(kl_config_load(&back, path));
         assert_memory_equal(&c, &back, sizeof c);
     }
-    unlink(path);
     kl_config c;
     expect_error(kl_config_preset(&c, "49b"), KL_EINVAL, "49b");
 }
@@ -246,8 +230,7 @@ static void variants_survive_saving(void **state)
     static const char *const changes[] = {"hybrid=7:1", "hybrid=0:1", "hybrid=n:0", "gate=head", "gate=none", "gate=block:8", "gate_kind=bounded:-5", "rope=1",
                                           "output_gate=swish", "output_gate=none", "conv=0", "beta=sigmoid2", "router=softmax", "biased_weights=1", "tied=1",
                                           "first_dense=0", "kv_a_norm_eps=1e-5", "dtype=f16", "renormalize=0", "experts=0", "eos=-1", "norm_eps=0.3"};
-    char path[256];
-    empty_file(path);
+    const char *path = in_scratch("config.json");
     for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
         kl_config c = preset("tiny"), plain = c, back;
         assert_ok(kl_config_set(&c, changes[i]));
@@ -263,7 +246,6 @@ static void variants_survive_saving(void **state)
     assert_ok(kl_config_save(&c, path));
     assert_ok(kl_config_load(&back, path));
     assert_memory_equal(&c, &back, sizeof c);
-    unlink(path);
 }
 
 static int mla_layers(const kl_config *c)
@@ -344,5 +326,5 @@ int main(void)
         cmocka_unit_test(gates_follow_the_head_size),
         cmocka_unit_test(unknown_options_are_refused),
     };
-    return cmocka_run_group_tests_name("config", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("config", tests, make_scratch, remove_scratch);
 }

@@ -24,7 +24,7 @@ static const char *sanitizers(void)
 static int install(void **state)
 {
     (void)state;
-    shell_scratch(prefix);
+    make_folder(prefix, sizeof prefix);
     shell_result *r = shell("make --no-print-directory install PREFIX='%s' BUILD='%s' SAN=%s CC=%s", prefix, shell_build(), environment("SAN", "0"), environment("CC", "gcc"));
     if (r->status != 0)
         print_error("%s", r->text);
@@ -36,7 +36,7 @@ static int install(void **state)
 static int uninstall(void **state)
 {
     (void)state;
-    shell_remove(prefix);
+    remove_folder(prefix);
     return 0;
 }
 

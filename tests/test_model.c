@@ -773,7 +773,7 @@ static void caches_of_other_weights_are_refused(void **state)
     REFUSED(kl_model_forward(b, &batch, cache[0], NULL), KL_EINVAL, "cache");
     assert_int_equal(cache[0]->length[0], 8);
     char dir[256], path[300];
-    make_dir(dir);
+    make_folder(dir, sizeof dir);
     snprintf(path, sizeof path, "%s/cache", dir);
     OK(kl_cache_save(cache[0], 0, path));
     OK(kl_model_forward(b, &batch, cache[1], NULL));
@@ -782,7 +782,7 @@ static void caches_of_other_weights_are_refused(void **state)
     OK(kl_cache_load(cache[2], 0, path));
     REFUSED(kl_model_forward(b, &batch, cache[2], NULL), KL_EINVAL, "cache");
     OK(kl_model_forward(a, &batch, cache[2], NULL));
-    remove_dir(dir);
+    remove_folder(dir);
     for (int i = 0; i < 3; i++)
         kl_cache_destroy(cache[i]);
     kl_model_close(a);

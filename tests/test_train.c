@@ -16,7 +16,7 @@ typedef struct place {
 static place make_place(int repeats)
 {
     place p;
-    make_dir(p.dir);
+    make_folder(p.dir, sizeof p.dir);
     snprintf(p.text, sizeof p.text, "%s/text.txt", p.dir);
     snprintf(p.out, sizeof p.out, "%s/out", p.dir);
     FILE *f = fopen(p.text, "w");
@@ -128,7 +128,7 @@ static void a_short_text_is_learnt(void **state)
     assert_true(again < 1.0);
     kl_model_close(m);
     kl_ctx_destroy(ctx);
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void resuming_is_bit_exact(void **state)
@@ -163,7 +163,7 @@ static void resuming_is_bit_exact(void **state)
         lines += log[i] == '\n';
     assert_int_equal(lines, 6);
     free(log);
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 /* A kill between two saves: the log and the model are ahead of the state; resuming runs the lost steps again. */
@@ -199,7 +199,7 @@ static void a_lost_stretch_is_run_again(void **state)
         told++;
     assert_int_equal(told, 1);
     free(log);
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void resuming_another_run_is_refused(void **state)
@@ -234,7 +234,7 @@ static void resuming_another_run_is_refused(void **state)
     snprintf(path, sizeof path, "%s/training_state.safetensors", p.out);
     assert_int_equal(truncate(path, 5000), 0);
     REFUSED(train(&c, &o, 1, 1), KL_EFORMAT, "training_state");
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void bad_options_are_named(void **state)
@@ -264,7 +264,7 @@ static void bad_options_are_named(void **state)
     c.vocab_size = 100;
     o = options_for(&p);
     REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "vocab_size of 100");
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void a_broken_model_is_not_saved(void **state)
@@ -283,7 +283,7 @@ static void a_broken_model_is_not_saved(void **state)
     assert_int_not_equal(access(path, F_OK), 0);
     kl_model_close(m);
     kl_ctx_destroy(ctx);
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void mapped_weights_can_be_trained(void **state)
@@ -313,7 +313,7 @@ static void mapped_weights_can_be_trained(void **state)
     OK(kl_train(m, &o));
     kl_model_close(m);
     kl_ctx_destroy(ctx);
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void choice_bias_balances_the_experts(void **state)
@@ -342,7 +342,7 @@ static void choice_bias_balances_the_experts(void **state)
     }
     if (!(load[1] < 0.75 * load[0]))
         fail_msg("busiest expert over the mean: %.2f without, %.2f with the update", load[0], load[1]);
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 /* However the batch is cut into passes, it is one batch: the loss and the gradient's norm agree up to rounding. */
@@ -366,7 +366,7 @@ static void passes_add_up_to_the_batch(void **state)
         WITHIN(fabs(loss[i] - loss[0]), 2e-6, "loss");
         WITHIN(fabs(norm[i] - norm[0]), 1e-4 * norm[0], "gradient norm");
     }
-    remove_dir(p.dir);
+    remove_folder(p.dir);
 }
 
 static void the_schedule_warms_up_and_decays(void **state)

@@ -18,7 +18,7 @@ static char scratch[128];
 static int set_up(void **state)
 {
     (void)state;
-    shell_scratch(scratch);
+    make_folder(scratch, sizeof scratch);
     return kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = 1}));
 }
 
@@ -26,7 +26,7 @@ static int tear_down(void **state)
 {
     (void)state;
     kl_ctx_destroy(ctx);
-    shell_remove(scratch);
+    remove_folder(scratch);
     return 0;
 }
 
