@@ -1,4 +1,4 @@
-/* The short convolution. A thread owns 8 adjacent channels (or one, where channels do not come in eights) and walks over a
+/* The short convolution. A thread owns 4 adjacent channels (or one, where channels do not come in fours) and walks over a
  * run of tokens with the last taps in registers; each input is read once but for the few before a run. */
 #include "common/arena.h"
 #include "kda/cuda/numbers.cuh"
@@ -6,14 +6,16 @@
 
 namespace {
 
-/* RUN: tokens of a thread forward; SLABS: runs, at most, that the backward pass is cut into, and shares of dweight. */
-enum { WARPS = 4, THREADS = 32 * WARPS, RUN = 32, LEAST_SLAB = 64, SLABS = 64 };
+/* ACROSS: channels of a thread, which has few taps; RUN: its tokens forward, and the least backward, where blocks take as many as leave
+ * BLOCKS of them, in at most SLABS shares of dweight. */
+enum { WARPS = 4, THREADS = 32 * WARPS, ACROSS = 4, FEW_TAPS = 4, RUN = 32, BLOCKS = 1536, SLABS = 64 };
 
 struct arguments {
     kda_conv_problem p; /* strides resolved */
     kda_sequences sequences;
     int64_t tokens, run;
     unsigned across; /* blocks over the channels */
+    bool whole;      /* load_weight */
 };
 
 struct gradients {
@@ -101,9 +103,23 @@ template <class A, int N, int TAPS> struct window {
     }
 };
 
-/* weight[d,j], right-aligned: taps that are not there are 0. */
-template <int N, int TAPS> __device__ __forceinline__ void load_weight(float w[TAPS][N], const kda_conv_problem &p, int64_t d)
+/* weight[d,j], right-aligned: taps that are not there are 0. whole: all are there, in 16-bit or 32-bit cells at whole addresses. */
+template <int N, int TAPS> __device__ __forceinline__ void load_weight(float w[TAPS][N], const arguments &a, int64_t d)
 {
+    const kda_conv_problem &p = a.p;
+    if constexpr (N == ACROSS)
+        if (a.whole) {
+            float flat[N * TAPS];
+#pragma unroll
+            for (int i = 0; i < N * TAPS; i += 8)
+                kda_eight_numbers(flat + i, p.weight, d * TAPS + i, p.weight_dtype == KL_BF16);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+#pragma unroll
+                for (int j = 0; j < TAPS; j++)
+                    w[j][i] = flat[i * TAPS + j];
+            return;
+        }
 #pragma unroll
     for (int i = 0; i < N; i++)
 #pragma unroll
@@ -125,36 +141,35 @@ __device__ __forceinline__ void convolve(float z[N], const float w[TAPS][N], con
     }
 }
 
-template <class A, int N, int TAPS> __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ arguments a)
+/* COUNT rows from token t on, as far as they come before stop. */
+template <class A, int N, int COUNT>
+__device__ __forceinline__ void fetch_rows(kda_row<A, N> row[COUNT], const void *x, int64_t stride, int64_t d, int64_t t, int64_t stop)
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        row[i] = {};
+        if (t + i < stop)
+            row[i].fetch((const A *)x + (t + i) * stride + d);
+    }
+}
+
+/* Tokens from..stop-1, all of the sequence `at`: a few rows are under way while those before them are computed with. */
+template <class A, int N, int TAPS>
+__device__ __forceinline__ void walk(const arguments &a, const cursor &at, int64_t from, int64_t stop, int64_t d, const float w[TAPS][N])
 {
     enum { BATCH = 8 };
     const kda_conv_problem &p = a.p;
-    int64_t d = ((int64_t)(blockIdx.x % a.across) * 32 + kl_lane()) * N;
-    int64_t first = ((int64_t)(blockIdx.x / a.across) * WARPS + threadIdx.x / 32) * a.run, last = first + a.run < a.tokens ? first + a.run : a.tokens;
-    if (d >= p.D || first >= last)
-        return;
-    float w[TAPS][N];
-    load_weight<N, TAPS>(w, p, d);
-    cursor at = sequence_of(a.sequences, first);
-    bool there = slot_of(p, at.n) >= 0;
     window<A, N, TAPS> before;
-    before.open(a, at, first, d);
-    for (int64_t start = first; start < last; start += BATCH) {
-        kda_row<A, N> row[BATCH];
+    kda_row<A, N> row[BATCH], next[BATCH];
+    fetch_rows<A, N, BATCH>(next, p.x, p.x_stride, d, from, stop);
+    before.open(a, at, from, d);
+    for (int64_t start = from; start < stop; start += BATCH) {
 #pragma unroll
         for (int i = 0; i < BATCH; i++)
-            if (start + i < last)
-                row[i].fetch((const A *)p.x + (start + i) * p.x_stride + d);
+            row[i] = next[i];
+        fetch_rows<A, N, BATCH>(next, p.x, p.x_stride, d, start + BATCH, stop);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            int64_t t = start + i;
-            if (t >= last)
-                break;
-            if (t == at.end) {
-                at = sequence_after(a.sequences, at);
-                there = slot_of(p, at.n) >= 0;
-                before.open(a, at, t, d);
-            }
             float now[N], z[N];
             row[i].get(now);
             convolve<A, N, TAPS>(z, w, before, now);
@@ -162,9 +177,28 @@ template <class A, int N, int TAPS> __global__ void __launch_bounds__(THREADS) f
 #pragma unroll
             for (int c = 0; c < N; c++)
                 z[c] = p.silu ? z[c] * kda_sigmoid_fast(z[c]) : z[c];
-            if (there)
-                kda_row<A, N>::put((A *)p.y + t * p.y_stride + d, z);
+            if (start + i < stop)
+                kda_row<A, N>::put((A *)p.y + (start + i) * p.y_stride + d, z);
         }
+    }
+}
+
+template <class A, int N, int TAPS> __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ arguments a)
+{
+    const kda_conv_problem &p = a.p;
+    int64_t d = ((int64_t)(blockIdx.x % a.across) * 32 + kl_lane()) * N;
+    int64_t t = ((int64_t)(blockIdx.x / a.across) * WARPS + threadIdx.x / 32) * a.run, last = t + a.run < a.tokens ? t + a.run : a.tokens;
+    kl_grid_release();
+    if (d >= p.D || t >= last)
+        return;
+    float w[TAPS][N];
+    load_weight<N, TAPS>(w, a, d);
+    for (cursor at = sequence_of(a.sequences, t);; at = sequence_after(a.sequences, at)) {
+        int64_t stop = at.end < last ? at.end : last;
+        if (slot_of(p, at.n) >= 0)
+            walk<A, N, TAPS>(a, at, t, stop, d, w);
+        if ((t = stop) == last)
+            return;
     }
 }
 
@@ -173,6 +207,7 @@ template <class A> __global__ void __launch_bounds__(256) hand_out_tails(const _
 {
     const kda_conv_problem &p = a.p;
     int64_t task = (int64_t)blockIdx.x * 256 + threadIdx.x, n = task / p.D, d = task % p.D, keep = p.W - 1;
+    kl_grid_wait();
     int64_t slot = n < p.N ? slot_of(p, n) : -1;
     if (slot < 0)
         return;
@@ -200,86 +235,95 @@ __device__ __forceinline__ float silu_backward(float z, float dy)
 }
 
 /* z[t] = sum_j weight[j] x[t-W+1+j]:  dweight[j] += dz[t] x[t-W+1+j],  dx[t-W+1+j] += dz[t] weight[j].
- * A walk over a run sees the tokens behind it that its own inputs reach; pending holds the dx that are not complete. */
-template <class A, int N, int TAPS> __global__ void __launch_bounds__(THREADS) backward(const __grid_constant__ arguments a, const __grid_constant__ gradients b)
+ * The tokens from..last-1 of the sequence `at` are the walk's own; it goes on over those behind them that its own inputs reach.
+ * pending holds the dx that are not complete. */
+template <class A, int N, int TAPS>
+__device__ __forceinline__ void walk_back(const arguments &a, const gradients &b, const cursor &at, int64_t from, int64_t last, int64_t d,
+                                          const float w[TAPS][N], float dw[TAPS][N])
 {
-    enum { BATCH = N > 1 ? 4 : 8 };
+    enum { BATCH = 4 };
+    const kda_conv_problem &p = a.p;
+    int64_t stop = last + TAPS - 1 < at.end ? last + TAPS - 1 : at.end;
+    float pending[TAPS - 1][N] = {};
+    window<A, N, TAPS> before;
+    kda_row<A, N> row[BATCH], drow[BATCH], next[BATCH], dnext[BATCH];
+    fetch_rows<A, N, BATCH>(next, p.x, p.x_stride, d, from, stop);
+    fetch_rows<A, N, BATCH>(dnext, b.g.dy, p.y_stride, d, from, stop);
+    before.open(a, at, from, d);
+    for (int64_t start = from; start < stop; start += BATCH) {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            row[i] = next[i];
+            drow[i] = dnext[i];
+        }
+        fetch_rows<A, N, BATCH>(next, p.x, p.x_stride, d, start + BATCH, stop);
+        fetch_rows<A, N, BATCH>(dnext, b.g.dy, p.y_stride, d, start + BATCH, stop);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            int64_t t = start + i, done = t - (TAPS - 1);
+            if (t >= stop)
+                break;
+            float now[N], dz[N], z[N], ready[N];
+            row[i].get(now);
+            drow[i].get(dz);
+            if (p.silu) {
+                convolve<A, N, TAPS>(z, w, before, now);
+#pragma unroll
+                for (int c = 0; c < N; c++)
+                    dz[c] = silu_backward(z[c], dz[c]);
+            }
+            if (t < last)
+#pragma unroll
+                for (int c = 0; c < N; c++) {
+#pragma unroll
+                    for (int j = 0; j < TAPS - 1; j++)
+                        dw[j][c] += dz[c] * before.x[j][c];
+                    dw[TAPS - 1][c] += dz[c] * now[c];
+                }
+            before.push(now);
+#pragma unroll
+            for (int c = 0; c < N; c++) {
+                ready[c] = pending[0][c] + dz[c] * w[0][c];
+#pragma unroll
+                for (int m = 0; m < TAPS - 1; m++)
+                    pending[m][c] = (m + 1 < TAPS - 1 ? pending[m + 1][c] : 0.0f) + dz[c] * w[m + 1][c];
+            }
+            if (done >= from && done < last)
+                kda_row<A, N>::put((A *)b.g.dx + done * p.x_stride + d, ready);
+        }
+    }
+    if (stop < at.end)
+        return;
+    /* tail_out[m] is the input at position length - (W-1) + m */
+#pragma unroll
+    for (int m = 0; m < TAPS - 1; m++) {
+        int64_t own = at.end - (TAPS - 1) + m, kept = m - (TAPS - p.W);
+#pragma unroll
+        for (int c = 0; c < N; c++)
+            if (b.g.dtail_out && kept >= 0)
+                pending[m][c] += b.g.dtail_out[(at.n * p.D + d + c) * (p.W - 1) + kept];
+        if (own >= from && own < last)
+            kda_row<A, N>::put((A *)b.g.dx + own * p.x_stride + d, pending[m]);
+    }
+}
+
+template <class A, int N, int TAPS> __global__ void __launch_bounds__(THREADS, sizeof(A) == 2 ? 4 : 1) backward(const __grid_constant__ arguments a, const __grid_constant__ gradients b)
+{
     KL_SHARED(memory);
     const kda_conv_problem &p = a.p;
     int warp = (int)threadIdx.x / 32, lane = kl_lane();
     int64_t d = ((int64_t)(blockIdx.x % a.across) * 32 + lane) * N, slab = blockIdx.x / a.across;
-    int64_t first = (slab * WARPS + warp) * a.run, last = first + a.run < a.tokens ? first + a.run : a.tokens;
+    int64_t t = (slab * WARPS + warp) * a.run, last = t + a.run < a.tokens ? t + a.run : a.tokens;
     float dw[TAPS][N] = {};
-    if (d < p.D && first < last) {
-        float w[TAPS][N], pending[TAPS - 1][N] = {};
-        load_weight<N, TAPS>(w, p, d);
-        cursor at = sequence_of(a.sequences, first), to = sequence_of(a.sequences, last - 1);
-        int64_t stop = last + TAPS - 1 < to.end ? last + TAPS - 1 : to.end;
-        window<A, N, TAPS> before;
-        before.open(a, at, first, d);
-        for (int64_t start = first; start < stop; start += BATCH) {
-            kda_row<A, N> row[BATCH], drow[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                if (start + i < stop) {
-                    row[i].fetch((const A *)p.x + (start + i) * p.x_stride + d);
-                    drow[i].fetch((const A *)b.g.dy + (start + i) * p.y_stride + d);
-                }
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                int64_t t = start + i;
-                if (t >= stop)
-                    break;
-                if (t == at.end) {
-                    at = sequence_after(a.sequences, at);
-                    before.open(a, at, t, d);
-                }
-                float now[N], dz[N], z[N];
-                row[i].get(now);
-                drow[i].get(dz);
-                if (p.silu) {
-                    convolve<A, N, TAPS>(z, w, before, now);
-#pragma unroll
-                    for (int c = 0; c < N; c++)
-                        dz[c] = silu_backward(z[c], dz[c]);
-                }
-                if (t < last)
-#pragma unroll
-                    for (int c = 0; c < N; c++) {
-#pragma unroll
-                        for (int j = 0; j < TAPS - 1; j++)
-                            dw[j][c] += dz[c] * before.x[j][c];
-                        dw[TAPS - 1][c] += dz[c] * now[c];
-                    }
-                before.push(now);
-                float ready[N];
-#pragma unroll
-                for (int c = 0; c < N; c++) {
-                    ready[c] = pending[0][c] + dz[c] * w[0][c];
-#pragma unroll
-                    for (int m = 0; m < TAPS - 1; m++)
-                        pending[m][c] = (m + 1 < TAPS - 1 ? pending[m + 1][c] : 0.0f) + dz[c] * w[m + 1][c];
-                }
-                int64_t done = t - (TAPS - 1);
-                if (done >= at.begin && done >= first && done < last)
-                    kda_row<A, N>::put((A *)b.g.dx + done * p.x_stride + d, ready);
-                if (t + 1 == at.end) {
-                    /* tail_out[m] is the input at position length - (W-1) + m */
-#pragma unroll
-                    for (int m = 0; m < TAPS - 1; m++) {
-                        int64_t own = t + 1 - (TAPS - 1) + m, kept = m - (TAPS - p.W);
-#pragma unroll
-                        for (int c = 0; c < N; c++)
-                            if (b.g.dtail_out && kept >= 0)
-                                pending[m][c] += b.g.dtail_out[(at.n * p.D + d + c) * (p.W - 1) + kept];
-                        if (own >= at.begin && own >= first && own < last)
-                            kda_row<A, N>::put((A *)b.g.dx + own * p.x_stride + d, pending[m]);
-#pragma unroll
-                        for (int c = 0; c < N; c++)
-                            pending[m][c] = 0.0f;
-                    }
-                }
-            }
+    kl_grid_release();
+    if (d < p.D && t < last) {
+        float w[TAPS][N];
+        load_weight<N, TAPS>(w, a, d);
+        for (cursor at = sequence_of(a.sequences, t);; at = sequence_after(a.sequences, at)) {
+            int64_t own = at.end < last ? at.end : last;
+            walk_back<A, N, TAPS>(a, b, at, t, own, d, w, dw);
+            if ((t = own) == last)
+                break;
         }
     }
     if (!b.share)
@@ -305,6 +349,7 @@ template <class A, int N, int TAPS> __global__ void __launch_bounds__(THREADS) b
 __global__ void __launch_bounds__(256) add_shares(const float *share, float *dweight, int64_t size, int slabs)
 {
     int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    kl_grid_wait();
     if (i >= size)
         return;
     float sum = 0.0f;
@@ -320,12 +365,13 @@ template <class A> __global__ void __launch_bounds__(256) tail_gradients(const _
     enum { TAPS = KDA_CONV_TAPS };
     const kda_conv_problem &p = a.p;
     int64_t task = (int64_t)blockIdx.x * 256 + threadIdx.x, n = task / p.D, d = task % p.D, keep = p.W - 1;
+    kl_grid_wait();
     if (n >= p.N)
         return;
     kda_place here = kda_place_of(a.sequences, n);
     cursor at = {n, here.begin, here.begin + here.length};
     float w[TAPS][1], sum[TAPS - 1] = {};
-    load_weight<1, TAPS>(w, p, d);
+    load_weight<1, TAPS>(w, a, d);
     window<A, 1, TAPS> before;
     before.open(a, at, here.begin, d);
 #pragma unroll
@@ -366,10 +412,12 @@ kda_problem sequences_of(const kda_conv_problem *p)
     return s;
 }
 
-int64_t slab_tokens(int64_t tokens)
+/* Tokens of a thread in the backward pass. */
+int64_t run_back(const kda_conv_problem *p)
 {
-    int64_t share = kda_ceil(tokens, (int64_t)SLABS * WARPS * 32) * WARPS * 32;
-    return share > LEAST_SLAB * WARPS ? share : LEAST_SLAB * WARPS;
+    const int64_t most = SLABS, least = RUN, slabs = kda_ceil(BLOCKS, kda_ceil(p->D, 32 * ACROSS));
+    int64_t run = kda_ceil(p->B * p->T, WARPS * (slabs < most ? slabs : most));
+    return run > least ? run : least;
 }
 
 kl_status prepare(kl_ctx *ctx, const kda_conv_problem *given, int64_t run, arguments *a)
@@ -380,15 +428,17 @@ kl_status prepare(kl_ctx *ctx, const kda_conv_problem *given, int64_t run, argum
     p.y_stride = kda_stride(p.y_stride, p.D);
     a->tokens = p.B * p.T;
     a->run = run;
+    a->whole = p.W == FEW_TAPS && p.weight_dtype != KL_F16 && (uintptr_t)p.weight % 16 == 0;
     kda_problem s = sequences_of(&p);
     a->sequences = kda_sequences_of(&s, p.workspace);
     return kda_sequences_upload(ctx, &s, p.workspace);
 }
 
-/* Do channels come in eights, at addresses of whole vectors? */
-bool in_eights(const kda_conv_problem &p, const void *in, const void *out)
+/* Do channels come in fours, at addresses of whole vectors? */
+bool in_fours(const kda_conv_problem &p, const void *in, const void *out)
 {
-    return p.W <= 4 && p.D % 8 == 0 && p.x_stride % 8 == 0 && p.y_stride % 8 == 0 && ((uintptr_t)p.x | (uintptr_t)in | (uintptr_t)out) % 16 == 0;
+    return p.W <= FEW_TAPS && p.D % ACROSS == 0 && p.x_stride % ACROSS == 0 && p.y_stride % ACROSS == 0 &&
+           ((uintptr_t)p.x | (uintptr_t)in | (uintptr_t)out) % 16 == 0;
 }
 
 kl_grid grid_over(arguments *a, int64_t channels)
@@ -402,8 +452,8 @@ kl_grid grid_over(arguments *a, int64_t channels)
 
 template <class A> kl_status run_forward(kl_ctx *ctx, arguments a)
 {
-    if (in_eights(a.p, a.p.y, NULL))
-        KL_TRY(kl_launch(ctx, "conv", grid_over(&a, 8), forward<A, 8, 4>, a));
+    if (in_fours(a.p, a.p.y, NULL))
+        KL_TRY(kl_launch(ctx, "conv", grid_over(&a, ACROSS), forward<A, ACROSS, FEW_TAPS>, a));
     else
         KL_TRY(kl_launch(ctx, "conv", grid_over(&a, 1), forward<A, 1, KDA_CONV_TAPS>, a));
     if (!a.p.tail_out || a.p.W == 1)
@@ -411,6 +461,7 @@ template <class A> kl_status run_forward(kl_ctx *ctx, arguments a)
     kl_grid tails;
     tails.x = kda_ceil(a.p.N * a.p.D, 256);
     tails.threads = 256;
+    tails.overlap = true;
     return kl_launch(ctx, "conv tails", tails, hand_out_tails<A>, a);
 }
 
@@ -423,12 +474,13 @@ template <class A, int N, int TAPS> kl_status run_backward_of(kl_ctx *ctx, argum
 
 template <class A> kl_status run_backward(kl_ctx *ctx, const arguments &a, const gradients &b)
 {
-    if (in_eights(a.p, b.g.dy, b.g.dx))
-        KL_TRY((run_backward_of<A, 8, 4>(ctx, a, b)));
+    if (in_fours(a.p, b.g.dy, b.g.dx))
+        KL_TRY((run_backward_of<A, ACROSS, FEW_TAPS>(ctx, a, b)));
     else
         KL_TRY((run_backward_of<A, 1, KDA_CONV_TAPS>(ctx, a, b)));
     kl_grid grid;
     grid.threads = 256;
+    grid.overlap = true;
     if (b.share && a.tokens) {
         int64_t size = a.p.D * a.p.W;
         grid.x = kda_ceil(size, 256);
@@ -448,7 +500,7 @@ size_t kda_cuda_conv_workspace(const kda_conv_problem *p, kl_pass pass)
     kl_arena arena = kl_arena_count();
     kl_arena_take(&arena, kda_sequences_bytes(&s), 1);
     if (pass == KL_BACKWARD)
-        KL_TAKE(&arena, float, kda_ceil(p->B * p->T, slab_tokens(p->B * p->T)) * p->D * p->W);
+        KL_TAKE(&arena, float, kda_ceil(p->B * p->T, run_back(p) * WARPS) * p->D * p->W);
     return arena.used;
 }
 
@@ -462,7 +514,7 @@ kl_status kda_cuda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
 kl_status kda_cuda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g)
 {
     arguments a;
-    KL_TRY(prepare(ctx, p, slab_tokens(p->B * p->T) / WARPS, &a));
+    KL_TRY(prepare(ctx, p, run_back(p), &a));
     kda_problem s = sequences_of(p);
     kl_arena arena = kl_arena_over(p->workspace, p->workspace_bytes);
     kl_arena_take(&arena, kda_sequences_bytes(&s), 1);

@@ -68,6 +68,22 @@ __device__ __forceinline__ float gated(const kda_decode_problem &p, float o, flo
     return y * (p.output_gate == KDA_OUT_SWISH ? z * up : up);
 }
 
+/* The slot of the pool that sequence n has its state in; negative: the sequence is left out. */
+__device__ __forceinline__ int64_t slot_of(const kda_problem &k, int64_t n)
+{
+    int64_t slot = k.state_index ? k.state_index[n] : n;
+    return slot < k.state_pool ? slot : -1;
+}
+
+/* Starts the block's head on its way to the second cache. */
+__device__ __forceinline__ void ask_for_state(const kda_problem &k)
+{
+    int64_t slot = slot_of(k, blockIdx.x / (unsigned)k.H), head = blockIdx.x % (unsigned)k.H;
+    const float *state = (const float *)k.ht + (slot * k.H + head) * (DIM * DIM);
+    for (int line = (int)threadIdx.x; slot >= 0 && line < DIM * DIM / 32; line += THREADS)
+        kl_prefetch(state + 32 * line);
+}
+
 template <bool VK> __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constant__ kda_decode_problem p)
 {
     using Head = typename kda_head_of<VK>::type;
@@ -76,16 +92,15 @@ template <bool VK> __global__ void __launch_bounds__(THREADS, 2) decode(const __
     const kda_problem &k = p.kda;
     kl_grid_release();
     kl_grid_wait();
+    ask_for_state(k);
     bool lower = threadIdx.x < DIM;
     int c = (int)threadIdx.x % DIM, warp = (int)threadIdx.x / 32, mine = VK ? warp * KDA_HEAD_ROWS : 0;
     int64_t n = blockIdx.x / (unsigned)k.H, h = blockIdx.x % (unsigned)k.H, d = h * DIM + c, D = k.H * DIM;
-    int64_t slot = k.state_index ? k.state_index[n] : n;
-    if (slot < 0 || slot >= k.state_pool)
+    int64_t slot = slot_of(k, n);
+    if (slot < 0)
         return;
     float *state = (float *)k.ht + (slot * k.H + h) * (DIM * DIM);
     Head head(DIM, DIM, mine);
-    for (int line = (int)threadIdx.x; line < DIM * DIM / 32; line += THREADS)
-        kl_prefetch(state + 32 * line);
     channel x(p, lower ? 0 : 1, slot * D + d, d), v(p, lower ? 2 : 1, slot * D + d, d);
     bool bf16 = k.dtype == KL_BF16, activated = k.gate != KDA_GATE_LOG;
     int64_t gate = k.G ? h * k.G + c / (DIM / (int)k.G) : 0;

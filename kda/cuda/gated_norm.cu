@@ -6,8 +6,9 @@
 
 namespace {
 
-/* ROWS: rows of a lane in flight together; SHARES: blocks, at most, that hold a share of dweight. */
-enum { THREADS = 256, WARPS = THREADS / 32, ROWS = 4, LEAST_ROWS = 64, SHARES = 1024 };
+/* ROWS: rows of a lane in flight together; SHARES: blocks, at most, that hold a share of dweight: those that run at a time, two a
+ * multiprocessor; SUMMED: shares that are added at a time. */
+enum { THREADS = 256, WARPS = THREADS / 32, ROWS = 4, LEAST_ROWS = 32, SHARES = 264, SUMMED = 32 };
 
 struct arguments {
     kda_gated_norm_problem p;
@@ -81,40 +82,55 @@ template <class A> __global__ void __launch_bounds__(THREADS) forward(const __gr
     }
 }
 
-/* With xh = x r, dn = dy act(z):  dweight = dn xh,  dz = dy xh weight act'(z),  dx = r (dn weight - xh mean(dn weight xh)) */
-template <class A> __global__ void __launch_bounds__(THREADS) backward(const __grid_constant__ arguments a)
+/* What a lane reads of a row of x, gate and dy. */
+template <class A> struct rows {
+    kda_row<A, 8> x, gate, dy;
+};
+/* Of `count` turns from row `start` on, as far as they come before end. */
+template <class A, int count> __device__ __forceinline__ void fetch(rows<A> row[count], const arguments &a, const stand &at, int64_t start, int64_t end)
 {
-    enum { AHEAD = 2 };
+    const kda_gated_norm_problem &p = a.p;
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+        int64_t t = start + i * at.turn + at.row;
+        row[i] = {};
+        if (t < end) {
+            row[i].x.fetch((const A *)p.x + t * p.V + at.column);
+            row[i].dy.fetch((const A *)a.g.dy + t * p.V + at.column);
+            if (p.gate)
+                row[i].gate.fetch((const A *)p.gate + t * p.V + at.column);
+        }
+    }
+}
+
+/* With xh = x r, dn = dy act(z):  dweight = dn xh,  dz = dy xh weight act'(z),  dx = r (dn weight - xh mean(dn weight xh)) */
+template <class A> __global__ void __launch_bounds__(THREADS, 2) backward(const __grid_constant__ arguments a)
+{
+    enum { AHEAD = 4 / sizeof(A) };
     KL_SHARED(memory);
     const kda_gated_norm_problem &p = a.p;
     stand at(p.V);
+    kl_grid_release();
     int64_t begin = blockIdx.x * a.rows, end = begin + a.rows < p.rows ? begin + a.rows : p.rows;
     float w[8], dw[8] = {};
 #pragma unroll
     for (int c = 0; c < 8; c++)
         w[c] = kda_weight(p.weight, at.column + c, p.weight_dtype);
+    rows<A> next[AHEAD];
+    fetch<A, AHEAD>(next, a, at, begin, end);
     for (int64_t start = begin; start < end; start += AHEAD * at.turn) {
-        kda_row<A, 8> row[AHEAD], gate[AHEAD], drow[AHEAD];
+        rows<A> here[AHEAD];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int64_t t = start + i * at.turn + at.row;
-            row[i] = {};
-            gate[i] = {};
-            drow[i] = {};
-            if (t < end) {
-                row[i].fetch((const A *)p.x + t * p.V + at.column);
-                drow[i].fetch((const A *)a.g.dy + t * p.V + at.column);
-                if (p.gate)
-                    gate[i].fetch((const A *)p.gate + t * p.V + at.column);
-            }
-        }
+        for (int i = 0; i < AHEAD; i++)
+            here[i] = next[i];
+        fetch<A, AHEAD>(next, a, at, start + AHEAD * at.turn, end);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             int64_t t = start + i * at.turn + at.row;
             float x[8], z[8], dy[8], sum = 0.0f, dot = 0.0f;
-            row[i].get(x);
-            gate[i].get(z);
-            drow[i].get(dy);
+            here[i].x.get(x);
+            here[i].gate.get(z);
+            here[i].dy.get(dy);
 #pragma unroll
             for (int c = 0; c < 8; c++)
                 sum += x[c] * x[c];
@@ -226,21 +242,22 @@ template <class A> __global__ void __launch_bounds__(THREADS) shares_any(const _
     }
 }
 
-/* dweight += the shares: 32 columns a block, the shares of a column dealt to 8 threads, theirs added in order. */
-__global__ void __launch_bounds__(THREADS) add_shares(const float *share, float *dweight, int V, int shares)
+/* dweight += the shares: 32 columns a block, the shares of a column dealt to SUMMED threads, theirs added in order. */
+__global__ void __launch_bounds__(32 * SUMMED) add_shares(const float *share, float *dweight, int V, int shares)
 {
     KL_SHARED(memory);
-    float *part = (float *)memory; /* [8][32] */
+    float *part = (float *)memory; /* [SUMMED][32] */
+    kl_grid_wait();
     int c = (int)blockIdx.x * 32 + (int)threadIdx.x % 32, from = (int)threadIdx.x / 32;
     float sum = 0.0f;
 #pragma unroll 8
-    for (int s = from; c < V && s < shares; s += 8)
+    for (int s = from; c < V && s < shares; s += SUMMED)
         sum += share[(int64_t)s * V + c];
     part[threadIdx.x] = sum;
     __syncthreads();
     if (from > 0 || c >= V)
         return;
-    for (int i = 1; i < 8; i++)
+    for (int i = 1; i < SUMMED; i++)
         sum += part[i * 32 + threadIdx.x];
     dweight[c] += sum;
 }
@@ -287,8 +304,10 @@ template <class A> kl_status run_backward(kl_ctx *ctx, const arguments &a)
     }
     if (!a.share || blocks == 0)
         return kl_ok();
-    return kl_launch(ctx, "gated norm dweight", grid_of(divided(a.p.V, 32), THREADS * sizeof(float)), add_shares, (const float *)a.share,
-                     a.g.dweight, (int)a.p.V, (int)blocks);
+    kl_grid sum = grid_of(divided(a.p.V, 32), 32 * SUMMED * sizeof(float));
+    sum.threads = 32 * SUMMED;
+    sum.overlap = true;
+    return kl_launch(ctx, "gated norm dweight", sum, add_shares, (const float *)a.share, a.g.dweight, (int)a.p.V, (int)blocks);
 }
 
 struct pieces {

@@ -36,7 +36,7 @@ __device__ __forceinline__ float kda_weight(const void *w, int64_t i, kl_dtype t
     return kda_weight_fetched(kda_fetch(w, i, type != KL_F32), type);
 }
 
-/* N adjacent activations (8: one or two accesses of 16 bytes, at an address of whole ones; 1), fetched now and looked at later. */
+/* N adjacent activations (8, 4: one or two accesses, at an address of whole ones; 1), fetched now and looked at later. */
 template <class A, int N> struct kda_row;
 template <> struct kda_row<uint16_t, 8> {
     uint4 x;
@@ -64,6 +64,18 @@ template <> struct kda_row<float, 8> {
         ((float4 *)p)[1] = make_float4(y[4], y[5], y[6], y[7]);
     }
 };
+template <> struct kda_row<uint16_t, 4> {
+    uint2 x;
+    __device__ __forceinline__ void fetch(const uint16_t *p) { x = *(const uint2 *)p; }
+    __device__ __forceinline__ void get(float y[4]) const { y[0] = kl_bf16_low(x.x), y[1] = kl_bf16_high(x.x), y[2] = kl_bf16_low(x.y), y[3] = kl_bf16_high(x.y); }
+    static __device__ __forceinline__ void put(uint16_t *p, const float y[4]) { *(uint2 *)p = make_uint2(kl_pack_bf16(y[0], y[1]), kl_pack_bf16(y[2], y[3])); }
+};
+template <> struct kda_row<float, 4> {
+    float4 x;
+    __device__ __forceinline__ void fetch(const float *p) { x = *(const float4 *)p; }
+    __device__ __forceinline__ void get(float y[4]) const { y[0] = x.x, y[1] = x.y, y[2] = x.z, y[3] = x.w; }
+    static __device__ __forceinline__ void put(float *p, const float y[4]) { *(float4 *)p = make_float4(y[0], y[1], y[2], y[3]); }
+};
 template <> struct kda_row<uint16_t, 1> {
     uint16_t x;
     __device__ __forceinline__ void fetch(const uint16_t *p) { x = *p; }
@@ -76,6 +88,19 @@ template <> struct kda_row<float, 1> {
     __device__ __forceinline__ void get(float y[1]) const { y[0] = x; }
     static __device__ __forceinline__ void put(float *p, const float y[1]) { *p = y[0]; }
 };
+/* Eight adjacent numbers, at an address of whole 16 bytes. */
+__device__ __forceinline__ void kda_eight_numbers(float y[8], const void *x, int64_t i, bool bf16)
+{
+    if (bf16) {
+        kda_row<uint16_t, 8> row;
+        row.fetch((const uint16_t *)x + i);
+        row.get(y);
+    } else {
+        kda_row<float, 8> row;
+        row.fetch((const float *)x + i);
+        row.get(y);
+    }
+}
 
 /* ---- functions ---- */
 
