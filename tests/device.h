@@ -14,6 +14,18 @@ static inline int close_ctx(void)
     return 0;
 }
 
+/* The same as fixtures of a group of tests that needs nothing else. */
+static inline int set_up_device(void **state)
+{
+    (void)state;
+    return open_ctx();
+}
+static inline int tear_down_device(void **state)
+{
+    (void)state;
+    return close_ctx();
+}
+
 #define NEEDS_DEVICE() \
     do {               \
         (void)state;   \

@@ -20,4 +20,11 @@ static inline void expect_error(kl_status s, kl_code code, const char *part)
         fail_msg("expected %s with '%s', got %s: %s", kl_code_name(code), part, kl_code_name(s.code), s.message);
 }
 
+/* A failure of any kind that says `part`. */
+static inline void expect_refusal(kl_status s, const char *part)
+{
+    if (!kl_failed(s) || !strstr(s.message, part))
+        fail_msg("expected a refusal naming \"%s\", got \"%s\"", part, s.message);
+}
+
 #endif

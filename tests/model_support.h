@@ -15,22 +15,8 @@
 
 #include "common/compare.h"
 #include "harness/model.h"
+#include "tests/expect.h"
 #include "tests/folder.h"
-
-#define OK(expr)                                                    \
-    do {                                                            \
-        kl_status ok_ = (expr);                                     \
-        if (kl_failed(ok_))                                         \
-            fail_msg("%s: %s", kl_code_name(ok_.code), ok_.message); \
-    } while (0)
-
-/* expr must fail with that code and a message that holds text. */
-#define REFUSED(expr, want, text)                                                                                             \
-    do {                                                                                                                      \
-        kl_status refused_ = (expr);                                                                                          \
-        if (refused_.code != (want) || !strstr(refused_.message, text))                                                       \
-            fail_msg("expected %s with \"%s\", got %s: %s", kl_code_name(want), text, kl_code_name(refused_.code), refused_.message); \
-    } while (0)
 
 #define WITHIN(err, limit, what)                                                     \
     do {                                                                             \
@@ -42,7 +28,7 @@
 static inline kl_ctx *make_ctx(int threads)
 {
     kl_ctx *ctx;
-    OK(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = threads}));
+    assert_ok(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = threads}));
     return ctx;
 }
 
@@ -50,9 +36,9 @@ static inline kl_ctx *make_ctx(int threads)
 static inline kl_config small_config(const char *const *changes)
 {
     kl_config c;
-    OK(kl_config_preset(&c, "tiny"));
+    assert_ok(kl_config_preset(&c, "tiny"));
     for (; changes && *changes; changes++)
-        OK(kl_config_set(&c, *changes));
+        assert_ok(kl_config_set(&c, *changes));
     return c;
 }
 
@@ -77,8 +63,8 @@ static inline kl_model *random_model(kl_ctx *ctx, const kl_config *c, uint64_t s
 {
     kl_model *m;
     kl_rng r = kl_rng_make(seed, 1u << 30);
-    OK(kl_model_random(&m, ctx, c, seed));
-    OK(kl_weights_each(c, &m->weights, shake_one, &r));
+    assert_ok(kl_model_random(&m, ctx, c, seed));
+    assert_ok(kl_weights_each(c, &m->weights, shake_one, &r));
     return m;
 }
 
@@ -105,7 +91,7 @@ static inline float *floats(size_t n)
 static inline float *all_logits(kl_model *m, int64_t N, const int64_t *cu, const int32_t *ids)
 {
     float *logits = floats((size_t)(cu[N] * m->config.vocab_size));
-    OK(kl_model_forward(m, &(kl_batch){.N = N, .cu = cu, .ids = ids}, NULL, &(kl_outputs){.logits = logits}));
+    assert_ok(kl_model_forward(m, &(kl_batch){.N = N, .cu = cu, .ids = ids}, NULL, &(kl_outputs){.logits = logits}));
     return logits;
 }
 

@@ -10,20 +10,15 @@
 #include <math.h>
 
 #include "harness/bench.h"
+#include "tests/expect.h"
 #include "tests/shell.h"
-
-static void ok(kl_status s)
-{
-    if (kl_failed(s))
-        fail_msg("%s", s.message);
-}
 
 static void shapes_follow_one_another(void **state)
 {
     (void)state;
     kl_shape list[KL_SHAPES], first = {.T = 4096, .H = 4, .K = 128};
     int count;
-    ok(kl_shapes_parse("kda", "T=8K,H=2;T=100;lengths=1+0+2K;G=0", &first, list, &count));
+    assert_ok(kl_shapes_parse("kda", "T=8K,H=2;T=100;lengths=1+0+2K;G=0", &first, list, &count));
     assert_int_equal(count, 4);
     assert_int_equal(list[0].T, 8192);
     assert_int_equal(list[1].H, 2);
@@ -31,7 +26,7 @@ static void shapes_follow_one_another(void **state)
     assert_int_equal(list[2].length_count, 3);
     assert_int_equal(list[2].lengths[2], 2048);
     assert_int_equal(list[3].G, -1);
-    ok(kl_shapes_parse("mla", "latent=bf16,weight=f16", &first, list, &count));
+    assert_ok(kl_shapes_parse("mla", "latent=bf16,weight=f16", &first, list, &count));
     assert_int_equal(list[0].latent, KL_BF16);
     assert_int_equal(list[0].weight, KL_F16);
     assert_true(kl_failed(kl_shapes_parse("mla", "latent=f16", &first, list, &count)));
@@ -48,7 +43,7 @@ static void a_wrong_answer_is_marked(void **state)
     for (int i = 0; i < 3; i++) {
         kl_shape shape = {.T = 1};
         kl_bench b = {.quiet = true, .ceilings = {1.0, 1.0, 1.0}};
-        ok(kl_bench_emit(&b, &(kl_bench_row){.family = "kda", .variant = "x", .shape = &shape, .seconds = {1.0, 1.0, 1.0, 3}, .cost = {1.0, 1.0},
+        assert_ok(kl_bench_emit(&b, &(kl_bench_row){.family = "kda", .variant = "x", .shape = &shape, .seconds = {1.0, 1.0, 1.0, 3}, .cost = {1.0, 1.0},
                                              .memory_gbps = 1.0, .memory_name = "copy", .err = errors[i], .err_limit = 1e-6}));
         assert_int_equal(b.wrong, i > 0);
         kl_lines_free(&b.lines);

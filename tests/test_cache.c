@@ -45,7 +45,7 @@ static char *slot_bytes(const kl_cache *cache, int64_t slot, size_t *size)
     char dir[256], path[300];
     make_folder(dir, sizeof dir);
     snprintf(path, sizeof path, "%s/slot", dir);
-    OK(kl_cache_save(cache, slot, path));
+    assert_ok(kl_cache_save(cache, slot, path));
     FILE *f = fopen(path, "rb");
     assert_non_null(f);
     fseek(f, 0, SEEK_END);
@@ -72,7 +72,7 @@ static void released_model_sizes_are_exact(void **state)
 {
     (void)state;
     kl_config c;
-    OK(kl_config_preset(&c, "48b"));
+    assert_ok(kl_config_preset(&c, "48b"));
     size_t states, tails, latents, all = kl_cache_bytes(&c, 1048576, &states, &tails, &latents);
     assert_int_equal(all, states + tails + latents);
     assert_int_equal(states, (size_t)20 * 32 * 128 * 128 * 4);
@@ -81,14 +81,14 @@ static void released_model_sizes_are_exact(void **state)
     assert_int_equal(kl_cache_bytes(&c, 0, NULL, NULL, NULL), states + tails);
     /* a million tokens: 7.9 GB reserved, next to nothing used */
     kl_cache *cache;
-    OK(kl_cache_create(&cache, &c, 1, 1000000));
+    assert_ok(kl_cache_create(&cache, &c, 1, 1000000));
     assert_int_equal(cache->bytes, (size_t)41943040 + 1474560 + (size_t)8064 * 1000000);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     assert_true(usage.ru_maxrss < 512 * 1024);
     kl_cache_destroy(cache);
     /* the all-MLA model of the report's comparison: 27 layers */
-    OK(kl_config_set(&c, "hybrid=0:1"));
+    assert_ok(kl_config_set(&c, "hybrid=0:1"));
     assert_int_equal(kl_cache_bytes(&c, 4096, NULL, NULL, NULL), (size_t)27 * 4096 * 1152);
 }
 
@@ -97,24 +97,24 @@ static void absurd_sizes_are_refused(void **state)
     (void)state;
     kl_config c;
     kl_cache *cache;
-    OK(kl_config_preset(&c, "48b"));
+    assert_ok(kl_config_preset(&c, "48b"));
     assert_int_equal(kl_cache_bytes(&c, INT64_MAX / 2, NULL, NULL, NULL), SIZE_MAX);
     assert_int_equal(kl_cache_bytes(&c, -1, NULL, NULL, NULL), SIZE_MAX);
-    REFUSED(kl_cache_create(&cache, &c, 1, INT64_MAX / 2), KL_ENOMEM, "slots");
+    expect_error(kl_cache_create(&cache, &c, 1, INT64_MAX / 2), KL_ENOMEM, "slots");
     assert_null(cache);
-    REFUSED(kl_cache_create(&cache, &c, INT64_MAX / 4, 1000), KL_ENOMEM, "slots");
-    REFUSED(kl_cache_create(&cache, &c, 0, 10), KL_EINVAL, "slots");
-    REFUSED(kl_cache_create(&cache, &c, 1, 0), KL_EINVAL, "capacity");
-    REFUSED(kl_cache_create(&cache, NULL, 1, 10), KL_EINVAL, "config");
+    expect_error(kl_cache_create(&cache, &c, INT64_MAX / 4, 1000), KL_ENOMEM, "slots");
+    expect_error(kl_cache_create(&cache, &c, 0, 10), KL_EINVAL, "slots");
+    expect_error(kl_cache_create(&cache, &c, 1, 0), KL_EINVAL, "capacity");
+    expect_error(kl_cache_create(&cache, NULL, 1, 10), KL_EINVAL, "config");
     c.kda_heads = -1;
-    REFUSED(kl_cache_create(&cache, &c, 1, 10), KL_EINVAL, "num_heads");
+    expect_error(kl_cache_create(&cache, &c, 1, 10), KL_EINVAL, "num_heads");
 }
 
 static kl_cache *small_cache(const char *const *changes, int64_t slots, int64_t capacity)
 {
     kl_config c = small_config(changes);
     kl_cache *cache;
-    OK(kl_cache_create(&cache, &c, slots, capacity));
+    assert_ok(kl_cache_create(&cache, &c, slots, capacity));
     return cache;
 }
 
@@ -145,13 +145,13 @@ static void fork_copies_and_reset_clears(void **state)
     fill_slot(cache, 1, 20, 2);
     fill_slot(cache, 2, 5, 3);
     void *before = copy_of(cache);
-    OK(kl_cache_fork(cache, 0, 0));
+    assert_ok(kl_cache_fork(cache, 0, 0));
     assert_memory_equal(cache->memory, before, cache->bytes);
-    OK(kl_cache_fork(cache, 0, 2));
+    assert_ok(kl_cache_fork(cache, 0, 2));
     assert_int_equal(cache->length[2], 12);
     assert_same_slot(cache, 0, cache, 2);
-    REFUSED(kl_cache_fork(cache, 3, 0), KL_EINVAL, "from");
-    REFUSED(kl_cache_fork(cache, 0, -1), KL_EINVAL, "to");
+    expect_error(kl_cache_fork(cache, 3, 0), KL_EINVAL, "from");
+    expect_error(kl_cache_fork(cache, 0, -1), KL_EINVAL, "to");
     kl_cache *fresh = small_cache(NULL, 1, 20);
     kl_cache_reset(cache, 0);
     assert_same_slot(cache, 0, fresh, 0);
@@ -166,31 +166,31 @@ static void rewinding_restores_what_was_kept(void **state)
     (void)state;
     kl_cache *cache = small_cache(NULL, 2, 40), *twin = small_cache(NULL, 2, 40);
     kl_cache_mark *mark, *later, *empty, *alien;
-    OK(kl_cache_keep(cache, 0, &empty));
+    assert_ok(kl_cache_keep(cache, 0, &empty));
     fill_slot(cache, 0, 10, 1);
-    OK(kl_cache_fork(cache, 0, 1)); /* what it must be again */
-    OK(kl_cache_keep(cache, 0, &mark));
+    assert_ok(kl_cache_fork(cache, 0, 1)); /* what it must be again */
+    assert_ok(kl_cache_keep(cache, 0, &mark));
     /* more tokens: other states, more latents */
     memset(cache->kda_state[0], 7, 64);
     kl_cache_advance(cache, 0, 15);
-    OK(kl_cache_keep(cache, 0, &later));
-    OK(kl_cache_rewind(cache, 0, mark));
+    assert_ok(kl_cache_keep(cache, 0, &later));
+    assert_ok(kl_cache_rewind(cache, 0, mark));
     assert_int_equal(cache->length[0], 10);
     assert_same_slot(cache, 0, cache, 1);
-    REFUSED(kl_cache_rewind(cache, 0, later), KL_EINVAL, "10 tokens, got 25");
+    expect_error(kl_cache_rewind(cache, 0, later), KL_EINVAL, "10 tokens, got 25");
     kl_cache_advance(cache, 0, 20); /* other tokens where `later` had its own */
-    REFUSED(kl_cache_rewind(cache, 0, later), KL_EINVAL, "overwritten");
-    OK(kl_cache_rewind(cache, 0, mark)); /* as often as one likes */
-    REFUSED(kl_cache_rewind(cache, 1, mark), KL_EINVAL, "slot 1");
+    expect_error(kl_cache_rewind(cache, 0, later), KL_EINVAL, "overwritten");
+    assert_ok(kl_cache_rewind(cache, 0, mark)); /* as often as one likes */
+    expect_error(kl_cache_rewind(cache, 1, mark), KL_EINVAL, "slot 1");
     fill_slot(twin, 0, 10, 1);
-    OK(kl_cache_keep(twin, 0, &alien));
-    REFUSED(kl_cache_rewind(cache, 0, alien), KL_EINVAL, "another");
-    REFUSED(kl_cache_rewind(cache, 0, NULL), KL_EINVAL, "mark");
-    OK(kl_cache_rewind(cache, 0, empty));
+    assert_ok(kl_cache_keep(twin, 0, &alien));
+    expect_error(kl_cache_rewind(cache, 0, alien), KL_EINVAL, "another");
+    expect_error(kl_cache_rewind(cache, 0, NULL), KL_EINVAL, "mark");
+    assert_ok(kl_cache_rewind(cache, 0, empty));
     assert_int_equal(cache->length[0], 0);
     kl_cache_reset(cache, 0);
     kl_cache_advance(cache, 0, 30);
-    REFUSED(kl_cache_rewind(cache, 0, mark), KL_EINVAL, "overwritten");
+    expect_error(kl_cache_rewind(cache, 0, mark), KL_EINVAL, "overwritten");
     kl_cache_mark_free(mark);
     kl_cache_mark_free(later);
     kl_cache_mark_free(empty);
@@ -211,16 +211,16 @@ static void files_bring_a_slot_back(void **state)
         kl_cache *cache = small_cache(kinds[i], 2, 30), *other = small_cache(kinds[i], 3, 13);
         for (int64_t length = 0; length <= 13; length += 13) {
             fill_slot(cache, 1, length, 7);
-            OK(kl_cache_save(cache, 1, path));
+            assert_ok(kl_cache_save(cache, 1, path));
             fill_slot(other, 2, 9, 8);
             fill_slot(other, 0, 9, 9);
             kl_cache_mark *mark;
-            OK(kl_cache_keep(other, 2, &mark));
-            OK(kl_cache_load(other, 2, path));
+            assert_ok(kl_cache_keep(other, 2, &mark));
+            assert_ok(kl_cache_load(other, 2, path));
             assert_int_equal(other->length[2], length);
             assert_same_slot(cache, 1, other, 2);
             if (length)
-                REFUSED(kl_cache_rewind(other, 2, mark), KL_EINVAL, "overwritten");
+                expect_error(kl_cache_rewind(other, 2, mark), KL_EINVAL, "overwritten");
             kl_cache_mark_free(mark);
         }
         kl_cache_destroy(cache);
@@ -232,7 +232,7 @@ static void files_bring_a_slot_back(void **state)
 static void refused_untouched(kl_cache *cache, const char *bytes, size_t size, const void *before, const char *text)
 {
     kl_code want = KL_EFORMAT;
-    REFUSED(kl_cache_load_memory(cache, 0, bytes, size, "the file"), want, text);
+    expect_error(kl_cache_load_memory(cache, 0, bytes, size, "the file"), want, text);
     assert_memory_equal(cache->memory, before, cache->bytes);
     assert_int_equal(cache->length[0], 9);
 }
@@ -271,11 +271,11 @@ static void damaged_files_are_refused(void **state)
 
     kl_cache *shorter = small_cache(NULL, 1, 10), *rotated = small_cache((const char *[]){"rope=1", NULL}, 1, 12);
     kl_cache *half = small_cache((const char *[]){"dtype=bfloat16", NULL}, 1, 12), *deeper = small_cache((const char *[]){"layers=5", NULL}, 1, 12);
-    REFUSED(kl_cache_load_memory(shorter, 0, file, size, "f"), KL_EFORMAT, "at most 10 tokens");
-    REFUSED(kl_cache_load_memory(rotated, 0, file, size, "f"), KL_EFORMAT, "another");
-    REFUSED(kl_cache_load_memory(half, 0, file, size, "f"), KL_EFORMAT, "bfloat16");
-    REFUSED(kl_cache_load_memory(deeper, 0, file, size, "f"), KL_EFORMAT, "another");
-    REFUSED(kl_cache_load_memory(cache, 2, file, size, "f"), KL_EINVAL, "slot");
+    expect_error(kl_cache_load_memory(shorter, 0, file, size, "f"), KL_EFORMAT, "at most 10 tokens");
+    expect_error(kl_cache_load_memory(rotated, 0, file, size, "f"), KL_EFORMAT, "another");
+    expect_error(kl_cache_load_memory(half, 0, file, size, "f"), KL_EFORMAT, "bfloat16");
+    expect_error(kl_cache_load_memory(deeper, 0, file, size, "f"), KL_EFORMAT, "another");
+    expect_error(kl_cache_load_memory(cache, 2, file, size, "f"), KL_EINVAL, "slot");
     kl_cache_destroy(shorter);
     kl_cache_destroy(rotated);
     kl_cache_destroy(half);
@@ -295,15 +295,15 @@ static void file_errors_are_named(void **state)
     snprintf(nested, sizeof nested, "%s/absent/cache", dir);
     kl_cache *cache = small_cache(NULL, 1, 12);
     fill_slot(cache, 0, 9, 1);
-    REFUSED(kl_cache_load(cache, 0, path), KL_EIO, path);
-    REFUSED(kl_cache_load(cache, 0, dir), KL_EFORMAT, "no regular file");
-    REFUSED(kl_cache_save(cache, 0, nested), KL_EIO, "absent");
-    REFUSED(kl_cache_save(cache, 1, path), KL_EINVAL, "slot");
+    expect_error(kl_cache_load(cache, 0, path), KL_EIO, path);
+    expect_error(kl_cache_load(cache, 0, dir), KL_EFORMAT, "no regular file");
+    expect_error(kl_cache_save(cache, 0, nested), KL_EIO, "absent");
+    expect_error(kl_cache_save(cache, 1, path), KL_EINVAL, "slot");
     int fd = open(path, O_WRONLY | O_CREAT, 0600);
     close(fd);
-    REFUSED(kl_cache_load(cache, 0, path), KL_EFORMAT, "empty");
+    expect_error(kl_cache_load(cache, 0, path), KL_EFORMAT, "empty");
     /* a full disk leaves the old file */
-    OK(kl_cache_save(cache, 0, path));
+    assert_ok(kl_cache_save(cache, 0, path));
     struct rlimit old, low = {1000, 1000};
     getrlimit(RLIMIT_FSIZE, &old);
     low.rlim_max = old.rlim_max;
@@ -314,7 +314,7 @@ static void file_errors_are_named(void **state)
     setrlimit(RLIMIT_FSIZE, &old);
     signal(SIGXFSZ, handler);
     assert_int_equal(s.code, KL_EIO);
-    OK(kl_cache_load(cache, 0, path));
+    assert_ok(kl_cache_load(cache, 0, path));
     assert_int_equal(cache->length[0], 9);
     kl_cache_destroy(cache);
     remove_folder(dir);

@@ -25,10 +25,10 @@ typedef struct setup {
 static setup open_setup(void)
 {
     setup s = {.ctx = make_ctx(2)};
-    OK(kl_model_open(&s.m, s.ctx, DIR));
-    OK(kl_tokenizer_open(&s.t, DIR));
-    OK(kl_file_read(TEXT, 1 << 20, &s.text, &s.length));
-    OK(kl_tokenizer_encode(s.t, s.text, s.length, false, &s.ids, &s.count));
+    assert_ok(kl_model_open(&s.m, s.ctx, DIR));
+    assert_ok(kl_tokenizer_open(&s.t, DIR));
+    assert_ok(kl_file_read(TEXT, 1 << 20, &s.text, &s.length));
+    assert_ok(kl_tokenizer_encode(s.t, s.text, s.length, false, &s.ids, &s.count));
     return s;
 }
 
@@ -78,7 +78,7 @@ static void predicts_text_it_never_saw(void **state)
         targets[i] = (i + 1) % T ? s.ids[i + 1] : -1;
     double loss;
     int64_t counted;
-    OK(kl_model_loss(s.m, &(kl_batch){.N = N, .cu = cu, .ids = s.ids}, targets, &loss, &counted, NULL, 1.0f));
+    assert_ok(kl_model_loss(s.m, &(kl_batch){.N = N, .cu = cu, .ids = s.ids}, targets, &loss, &counted, NULL, 1.0f));
     assert_int_equal(counted, N * (T - 1));
     print_message("%.3f nats a token on held-out text\n", loss);
     assert_true(loss < 3.9);
@@ -100,14 +100,14 @@ static void writes_real_words(void **state)
     setup s = open_setup();
     enum { NEW = 300, PROMPT = 100 };
     kl_cache *cache;
-    OK(kl_cache_create(&cache, &s.m->config, 1, NEW + PROMPT));
+    assert_ok(kl_cache_create(&cache, &s.m->config, 1, NEW + PROMPT));
     int32_t fresh[NEW];
     int64_t lengths[] = {PROMPT}, count;
     kl_generation o = {.max_new = NEW, .sampling = {.temperature = 0.7f, .top_p = 0.95f, .repetition_penalty = 1.0f, .seed = 1}};
-    OK(kl_generate(s.m, cache, 1, (const int32_t *const[]){s.ids}, lengths, &o, (int32_t *const[]){fresh}, &count, NULL));
+    assert_ok(kl_generate(s.m, cache, 1, (const int32_t *const[]){s.ids}, lengths, &o, (int32_t *const[]){fresh}, &count, NULL));
     char *said;
     size_t length;
-    OK(kl_tokenizer_decode(s.t, fresh, count, &said, &length));
+    assert_ok(kl_tokenizer_decode(s.t, fresh, count, &said, &length));
 
     int words = 0, real = 0;
     for (char *p = said; *p;) {

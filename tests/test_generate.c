@@ -20,7 +20,7 @@ static setup open_setup(void)
     setup s = {.ctx = make_ctx(1)};
     kl_config c = small_config((const char *[]){"layers=4", NULL});
     s.m = random_model(s.ctx, &c, 41);
-    OK(kl_cache_create(&s.cache, &c, SEQUENCES, CAPACITY));
+    assert_ok(kl_cache_create(&s.cache, &c, SEQUENCES, CAPACITY));
     for (int n = 0; n < SEQUENCES; n++)
         s.ids[n] = random_ids((uint64_t)(100 + n), LENGTHS[n], c.vocab_size);
     return s;
@@ -64,7 +64,7 @@ static void chunks_and_batches_give_the_same_text(void **state)
         kl_generation o = options((float)hot * 0.8f);
         reset_all(&s);
         kl_generation_stats stats;
-        OK(generate(&s, &o, SEQUENCES, &stats));
+        assert_ok(generate(&s, &o, SEQUENCES, &stats));
         int32_t want[SEQUENCES][NEW];
         memcpy(want, s.out, sizeof want);
         int64_t prompt = 0;
@@ -81,19 +81,19 @@ static void chunks_and_batches_give_the_same_text(void **state)
         for (size_t i = 0; i < sizeof chunks / sizeof *chunks; i++) {
             o.prefill_chunk = chunks[i];
             reset_all(&s);
-            OK(generate(&s, &o, SEQUENCES, NULL));
+            assert_ok(generate(&s, &o, SEQUENCES, NULL));
             assert_memory_equal(s.out, want, sizeof want);
         }
         /* the first two without the others */
         o.prefill_chunk = 0;
         reset_all(&s);
-        OK(generate(&s, &o, 2, NULL));
+        assert_ok(generate(&s, &o, 2, NULL));
         assert_memory_equal(s.out, want, 2 * sizeof *want);
         /* other neighbours for the first two: a sequence's text is its own */
         int32_t *others = s.ids[3];
         s.ids[3] = random_ids(999, LENGTHS[3], s.m->config.vocab_size);
         reset_all(&s);
-        OK(generate(&s, &o, SEQUENCES, NULL));
+        assert_ok(generate(&s, &o, SEQUENCES, NULL));
         assert_memory_equal(s.out, want, 3 * sizeof *want);
         assert_memory_equal(s.out[4], want[4], sizeof *want);
         assert_memory_not_equal(s.out[3], want[3], sizeof *want);
@@ -110,12 +110,12 @@ static void seeds_and_sequences_draw_differently(void **state)
     kl_generation o = options(1.5f);
     o.sampling.top_p = 1.0f;
     reset_all(&s);
-    OK(generate(&s, &o, 2, NULL));
+    assert_ok(generate(&s, &o, 2, NULL));
     int32_t first[NEW];
     memcpy(first, s.out[1], sizeof first);
     o.sampling.seed++;
     reset_all(&s);
-    OK(generate(&s, &o, 2, NULL));
+    assert_ok(generate(&s, &o, 2, NULL));
     assert_memory_not_equal(first, s.out[1], sizeof first);
     /* two equal prompts in one batch draw from different streams */
     free(s.ids[2]);
@@ -124,7 +124,7 @@ static void seeds_and_sequences_draw_differently(void **state)
     int64_t lengths[] = {LENGTHS[1], LENGTHS[1]};
     int32_t *out[] = {s.out[1], s.out[2]};
     reset_all(&s);
-    OK(kl_generate(s.m, s.cache, 2, pair, lengths, &o, out, s.count, NULL));
+    assert_ok(kl_generate(s.m, s.cache, 2, pair, lengths, &o, out, s.count, NULL));
     assert_memory_not_equal(s.out[1], s.out[2], sizeof s.out[1]);
     close_setup(&s);
 }
@@ -147,7 +147,7 @@ static void tokens_stream_and_stop(void **state)
     setup s = open_setup();
     kl_generation o = options(0.0f);
     reset_all(&s);
-    OK(generate(&s, &o, SEQUENCES, NULL));
+    assert_ok(generate(&s, &o, SEQUENCES, NULL));
     int32_t want[SEQUENCES][NEW];
     memcpy(want, s.out, sizeof want);
 
@@ -158,7 +158,7 @@ static void tokens_stream_and_stop(void **state)
     o.stop_ids = stops;
     o.stop_count = 2;
     reset_all(&s);
-    OK(generate(&s, &o, SEQUENCES, NULL));
+    assert_ok(generate(&s, &o, SEQUENCES, NULL));
     for (int n = 0; n < SEQUENCES; n++) {
         int64_t expected = NEW;
         for (int i = NEW - 1; i >= 0; i--)
@@ -183,17 +183,17 @@ static void generation_continues_a_slot(void **state)
     kl_generation o = options(0.0f);
     o.sampling.repetition_penalty = 1.0f;
     reset_all(&s);
-    OK(generate(&s, &o, 2, NULL));
+    assert_ok(generate(&s, &o, 2, NULL));
     int32_t want[NEW];
     memcpy(want, s.out[1], sizeof want);
     reset_all(&s);
     o.max_new = 5;
-    OK(generate(&s, &o, 2, NULL));
+    assert_ok(generate(&s, &o, 2, NULL));
     const int32_t *next[] = {&s.out[0][4], &s.out[1][4]};
     int32_t rest[2][NEW], *out[] = {rest[0], rest[1]};
     int64_t one[] = {1, 1}, count[2];
     o.max_new = NEW - 5;
-    OK(kl_generate(s.m, s.cache, 2, next, one, &o, out, count, NULL));
+    assert_ok(kl_generate(s.m, s.cache, 2, next, one, &o, out, count, NULL));
     assert_memory_equal(rest[1], want + 5, (NEW - 5) * sizeof *want);
     close_setup(&s);
 }
@@ -203,14 +203,14 @@ static void a_full_cache_ends_a_sequence(void **state)
     (void)state;
     setup s = open_setup();
     kl_cache *tight;
-    OK(kl_cache_create(&tight, &s.m->config, 1, 44));
+    assert_ok(kl_cache_create(&tight, &s.m->config, 1, 44));
     kl_generation o = options(0.0f);
     const int32_t *prompt = s.ids[1];
     int32_t *out = s.out[1];
-    OK(kl_generate(s.m, tight, 1, &prompt, &LENGTHS[1], &o, &out, s.count, NULL));
+    assert_ok(kl_generate(s.m, tight, 1, &prompt, &LENGTHS[1], &o, &out, s.count, NULL));
     assert_int_equal(s.count[0], 5); /* 40 + 4 fed, the fifth has no room to be fed */
     assert_int_equal(tight->length[0], 44);
-    REFUSED(kl_generate(s.m, tight, 1, &prompt, &LENGTHS[1], &o, &out, s.count, NULL), KL_EINVAL, "at most 0 tokens");
+    expect_error(kl_generate(s.m, tight, 1, &prompt, &LENGTHS[1], &o, &out, s.count, NULL), KL_EINVAL, "at most 0 tokens");
     kl_cache_destroy(tight);
     close_setup(&s);
 }
@@ -222,12 +222,12 @@ static void nothing_to_add_only_fills_the_cache(void **state)
     kl_generation o = options(0.0f);
     o.max_new = 0;
     reset_all(&s);
-    OK(generate(&s, &o, 3, NULL));
+    assert_ok(generate(&s, &o, 3, NULL));
     for (int n = 0; n < 3; n++) {
         assert_int_equal(s.count[n], 0);
         assert_int_equal(s.cache->length[n], LENGTHS[n]);
     }
-    OK(generate(&s, &o, 0, NULL));
+    assert_ok(generate(&s, &o, 0, NULL));
     close_setup(&s);
 }
 
@@ -237,26 +237,26 @@ static void bad_requests_are_named(void **state)
     setup s = open_setup();
     kl_generation o = options(0.0f);
     reset_all(&s);
-    REFUSED(generate(&s, &o, 6, NULL), KL_EINVAL, "5 slots");
-    REFUSED(generate(&s, NULL, 1, NULL), KL_EINVAL, "options");
+    expect_error(generate(&s, &o, 6, NULL), KL_EINVAL, "5 slots");
+    expect_error(generate(&s, NULL, 1, NULL), KL_EINVAL, "options");
     o.max_new = -1;
-    REFUSED(generate(&s, &o, 1, NULL), KL_EINVAL, "max_new");
+    expect_error(generate(&s, &o, 1, NULL), KL_EINVAL, "max_new");
     o = options(0.0f), o.prefill_chunk = -2;
-    REFUSED(generate(&s, &o, 1, NULL), KL_EINVAL, "prefill_chunk");
+    expect_error(generate(&s, &o, 1, NULL), KL_EINVAL, "prefill_chunk");
     o = options(0.0f), o.stop_count = 1;
-    REFUSED(generate(&s, &o, 1, NULL), KL_EINVAL, "stop_ids");
+    expect_error(generate(&s, &o, 1, NULL), KL_EINVAL, "stop_ids");
     o = options(-1.0f);
-    REFUSED(generate(&s, &o, 1, NULL), KL_EINVAL, "temperature");
+    expect_error(generate(&s, &o, 1, NULL), KL_EINVAL, "temperature");
     o = options(0.0f);
     int32_t kept = s.ids[1][3];
     s.ids[1][3] = 5000;
-    REFUSED(generate(&s, &o, 2, NULL), KL_EINVAL, "prompt 1: ids[3]");
+    expect_error(generate(&s, &o, 2, NULL), KL_EINVAL, "prompt 1: ids[3]");
     s.ids[1][3] = kept;
     int64_t zero = 0, long_one = CAPACITY + 1;
     int32_t *out = s.out[0], *many = random_ids(1, CAPACITY + 1, 512);
     const int32_t *prompt = many;
-    REFUSED(kl_generate(s.m, s.cache, 1, &prompt, &zero, &o, &out, s.count, NULL), KL_EINVAL, "at least 1 token");
-    REFUSED(kl_generate(s.m, s.cache, 1, &prompt, &long_one, &o, &out, s.count, NULL), KL_EINVAL, "at most 160 tokens");
+    expect_error(kl_generate(s.m, s.cache, 1, &prompt, &zero, &o, &out, s.count, NULL), KL_EINVAL, "at least 1 token");
+    expect_error(kl_generate(s.m, s.cache, 1, &prompt, &long_one, &o, &out, s.count, NULL), KL_EINVAL, "at most 160 tokens");
     assert_int_equal(s.cache->length[0], 0);
     free(many);
     close_setup(&s);

@@ -7,12 +7,6 @@
 #include "tests/golden.h"
 #include "tests/kda_case.h"
 
-static void must(kl_status s)
-{
-    if (kl_failed(s))
-        fail_msg("%s", s.message);
-}
-
 /* ---- golden data ---- */
 
 static const char *const golden_cases[] = {
@@ -52,14 +46,14 @@ static void run_golden(const char *name, const kl_variant *v, int64_t chunk)
                      .v = in[2], .g = in[3], .beta = in[4], .h0 = in[5], .o = out[0], .ht = out[1]};
     kda_grads d = {.d_o = in[6], .dht = in[7], .dq = out[2], .dk = out[3], .dv = out[4], .dg = out[5], .dbeta = out[6], .dh0 = out[7]};
     kl_ctx *ctx;
-    must(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = 2}));
+    assert_ok(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = 2}));
     for (kl_pass pass = KL_FORWARD; pass <= KL_BACKWARD; pass++) {
         if (pass == KL_BACKWARD && !v->backward)
             continue;
         size_t bytes = v->workspace(ctx, &p, pass);
         void *workspace = aligned_alloc(64, bytes + 64);
         memset(workspace, 0xff, bytes);
-        must(pass == KL_FORWARD ? v->forward(ctx, &p, workspace, bytes) : v->backward(ctx, &p, &d, workspace, bytes));
+        assert_ok(pass == KL_FORWARD ? v->forward(ctx, &p, workspace, bytes) : v->backward(ctx, &p, &d, workspace, bytes));
         free(workspace);
         for (int i = pass == KL_FORWARD ? 0 : 2; i < (pass == KL_FORWARD ? 2 : 8); i++)
             check_golden(&g, results[i], out[i], pass == KL_FORWARD ? kl_tol_kda_f32.forward : kl_tol_kda_f32.gradient);
@@ -94,12 +88,12 @@ static void check(case_options opt)
             continue;
         kda_case *c = case_new(opt);
         case_reference(c, i == 1 && !opt.in_place);
-        must(case_run(c, variants[i], KL_FORWARD, 2));
+        assert_ok(case_run(c, variants[i], KL_FORWARD, 2));
         double error = case_forward_error(c);
         if (!kl_within(error, kl_tol_kda_f32.forward))
             fail_msg("seed %llu: %s forward: error %.3g", (unsigned long long)opt.seed, variants[i], error);
         if (i == 1 && !opt.in_place) {
-            must(case_run(c, "chunk", KL_BACKWARD, 2));
+            assert_ok(case_run(c, "chunk", KL_BACKWARD, 2));
             error = case_backward_error(c);
             if (!kl_within(error, kl_tol_kda_f32.gradient))
                 fail_msg("seed %llu: chunk backward: error %.3g", (unsigned long long)opt.seed, error);

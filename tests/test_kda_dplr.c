@@ -8,20 +8,14 @@
 #include "reference/dplr.h"
 #include "tests/kda_case.h"
 
-static void must(kl_status s)
-{
-    if (kl_failed(s))
-        fail_msg("%s", s.message);
-}
-
 static void run(dplr_problem *p, int threads)
 {
     kl_ctx *ctx;
-    must(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = threads}));
+    assert_ok(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = threads}));
     size_t bytes = dplr_workspace(ctx, p);
     void *workspace = aligned_alloc(64, bytes + 64);
     memset(workspace, 0xff, bytes);
-    must(dplr_forward(ctx, p, workspace, bytes));
+    assert_ok(dplr_forward(ctx, p, workspace, bytes));
     free(workspace);
     kl_ctx_destroy(ctx);
 }
@@ -88,7 +82,7 @@ static void kda_is_a_special_case_of_dplr(void **state)
     (void)state;
     enum { T = 130, H = 2, K = 32, V = 24 };
     kda_case *c = case_new((case_options){.B = 1, .T = T, .H = H, .K = K, .V = V, .G = K, .decay = DECAY_MIXED, .seed = 1});
-    must(case_run(c, "chunk", KL_FORWARD, 2));
+    assert_ok(case_run(c, "chunk", KL_FORWARD, 2));
     float *a = case_floats(c, T * H * K), *b = case_floats(c, T * H * K), *k = case_floats(c, T * H * K);
     float *o = case_floats(c, T * H * V), *ht = case_floats(c, H * K * V);
     for (int64_t n = 0; n < T * H; n++)
@@ -111,7 +105,7 @@ static void dplr_refuses_by_name(void **state)
     (void)state;
     float x[64] = {0}, workspace[16];
     kl_ctx *ctx;
-    must(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = 1}));
+    assert_ok(kl_ctx_create(&ctx, &(kl_ctx_options){.threads = 1}));
     dplr_problem good = {.B = 1, .T = 2, .N = 1, .H = 1, .K = 4, .V = 4, .q = x, .k = x, .a = x, .b = x, .v = x, .g = x, .o = x + 32}, p;
 #define REFUSED(change, name)                                                   \
     do {                                                                        \

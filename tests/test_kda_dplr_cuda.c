@@ -15,26 +15,9 @@
 #include "kda/dplr.h"
 #include "reference/dplr.h"
 #include "tests/device.h"
+#include "tests/expect.h"
 
 typedef enum gates { ZERO, SLOW, STRONG, MIXED, FIVE, SIXTY, THOUSAND } gates;
-
-static void must(kl_status s)
-{
-    if (kl_failed(s))
-        fail_msg("%s", s.message);
-}
-
-static int open_device(void **state)
-{
-    (void)state;
-    return open_ctx();
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    return close_ctx();
-}
 
 static double draw_gate(kl_rng *r, gates kind, int64_t token, int64_t head, int64_t channel)
 {
@@ -68,11 +51,11 @@ typedef struct problem {
 static void *upload(const void *from, size_t bytes)
 {
     void *to;
-    must(kl_gpu_alloc(ctx, &to, bytes));
+    assert_ok(kl_gpu_alloc(ctx, &to, bytes));
     if (from)
-        must(kl_gpu_copy(ctx, to, from, bytes));
+        assert_ok(kl_gpu_copy(ctx, to, from, bytes));
     else
-        must(kl_gpu_fill(ctx, to, 0xff, bytes));
+        assert_ok(kl_gpu_fill(ctx, to, 0xff, bytes));
     return to;
 }
 
@@ -136,10 +119,10 @@ static problem *make(int64_t N, const int64_t *cu, int64_t H, int64_t K, int64_t
 
 static void run(problem *c)
 {
-    must(dplr_forward(ctx, &c->p, c->workspace, c->workspace_bytes));
-    must(kl_gpu_sync(ctx));
-    must(kl_gpu_copy(ctx, c->o, c->o_device, (size_t)c->count[V] * sizeof(uint16_t)));
-    must(kl_gpu_copy(ctx, c->ht, c->p.ht, (size_t)c->states * sizeof(float)));
+    assert_ok(dplr_forward(ctx, &c->p, c->workspace, c->workspace_bytes));
+    assert_ok(kl_gpu_sync(ctx));
+    assert_ok(kl_gpu_copy(ctx, c->o, c->o_device, (size_t)c->count[V] * sizeof(uint16_t)));
+    assert_ok(kl_gpu_copy(ctx, c->ht, c->p.ht, (size_t)c->states * sizeof(float)));
 }
 
 static void drop(problem *c)
@@ -248,14 +231,14 @@ static void a_token_depends_on_the_past_alone(void **state)
     for (int64_t i = kept * 64; i < d->count[KEY]; i++)
         d->host[KEY][i] ^= 0x8000, d->host[A][i] ^= 0x8040;
     for (int x = 0; x < INPUTS; x++)
-        must(kl_gpu_copy(ctx, d->device[x], d->host[x], (size_t)d->count[x] * sizeof(uint16_t)));
+        assert_ok(kl_gpu_copy(ctx, d->device[x], d->host[x], (size_t)d->count[x] * sizeof(uint16_t)));
     run(c);
     d->p.ht = (float *)d->h0_device;
     run(d);
     assert_memory_equal(c->o, d->o, (size_t)(kept * 64) * sizeof *c->o);
-    must(kl_gpu_copy(ctx, d->h0_device, d->h0, (size_t)d->states * sizeof(float)));
+    assert_ok(kl_gpu_copy(ctx, d->h0_device, d->h0, (size_t)d->states * sizeof(float)));
     for (int x = 0; x < INPUTS; x++)
-        must(kl_gpu_copy(ctx, d->device[x], c->host[x], (size_t)d->count[x] * sizeof(uint16_t)));
+        assert_ok(kl_gpu_copy(ctx, d->device[x], c->host[x], (size_t)d->count[x] * sizeof(uint16_t)));
     run(d);
     assert_memory_equal(c->o, d->o, (size_t)c->count[V] * sizeof *c->o);
     assert_memory_equal(c->ht, d->ht, (size_t)c->states * sizeof *c->ht);
@@ -274,7 +257,7 @@ static void rows_packing_and_carried_states_agree(void **state)
     c->p.h0 = NULL;
     run(c);
     memset(d->h0, 0, (size_t)d->states * sizeof(float));
-    must(kl_gpu_copy(ctx, d->h0_device, d->h0, (size_t)d->states * sizeof(float)));
+    assert_ok(kl_gpu_copy(ctx, d->h0_device, d->h0, (size_t)d->states * sizeof(float)));
     d->p.B = 2;
     d->p.T = END;
     d->p.cu_seqlens = NULL;
@@ -292,11 +275,11 @@ static void rows_packing_and_carried_states_agree(void **state)
             *field[x] = (uint16_t *)d->device[x] + at;
         d->p.o = (uint16_t *)d->o_device + at;
         d->p.T = parts[i][1] - parts[i][0];
-        must(dplr_forward(ctx, &d->p, d->workspace, d->workspace_bytes));
+        assert_ok(dplr_forward(ctx, &d->p, d->workspace, d->workspace_bytes));
     }
-    must(kl_gpu_sync(ctx));
-    must(kl_gpu_copy(ctx, d->o, d->o_device, END * H * D * sizeof *d->o));
-    must(kl_gpu_copy(ctx, d->ht, d->h0_device, H * D * D * sizeof *d->ht));
+    assert_ok(kl_gpu_sync(ctx));
+    assert_ok(kl_gpu_copy(ctx, d->o, d->o_device, END * H * D * sizeof *d->o));
+    assert_ok(kl_gpu_copy(ctx, d->ht, d->h0_device, H * D * D * sizeof *d->ht));
     double far = 0.0, size = 0.0;
     for (int64_t i = 0; i < END * H * D; i++) {
         double x = kl_bf16_to_f32(c->o[i]), y = kl_bf16_to_f32(d->o[i]);
@@ -341,5 +324,5 @@ int main(void)
         cmocka_unit_test(rows_packing_and_carried_states_agree),
         cmocka_unit_test(what_is_not_offered_is_refused),
     };
-    return cmocka_run_group_tests_name("kda_dplr_cuda", tests, open_device, close_device);
+    return cmocka_run_group_tests_name("kda_dplr_cuda", tests, set_up_device, tear_down_device);
 }

@@ -6,26 +6,10 @@
 
 #include <math.h>
 
-#include "common/gpu.h"
 #include "harness/layers_case.h"
 #include "reference/optimizer.h"
+#include "tests/device.h"
 #include "tests/expect.h"
-
-static kl_ctx *ctx;
-
-static int open_device(void **state)
-{
-    (void)state;
-    if (kl_gpu_count() == 0)
-        return 0;
-    return kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA})) ? -1 : 0;
-}
-static int close_device(void **state)
-{
-    (void)state;
-    kl_ctx_destroy(ctx);
-    return 0;
-}
 
 static void score(const layers_case *c, kl_pass pass)
 {
@@ -98,9 +82,7 @@ static void embed(void **state)
 /* An id from nowhere: NaN, and no gradient. */
 static void embed_refuses_by_nan(void **state)
 {
-    (void)state;
-    if (!ctx)
-        skip();
+    NEEDS_DEVICE();
     layers_spec s = {.p = {.op = LAYERS_EMBED, .embed = {.T = 3, .D = 8, .vocab = 4, .dtype = KL_F32, .weight_dtype = KL_F32}}, .backward = true, .seed = 1};
     layers_case c;
     assert_ok(layers_case_create(&c, ctx, &s));
@@ -196,9 +178,7 @@ static void newton_schulz(void **state)
 
 static void refusals(void **state)
 {
-    (void)state;
-    if (!ctx)
-        skip();
+    NEEDS_DEVICE();
     float x[8] = {0};
     const kl_variant *norm = layers_pick(KL_CUDA, LAYERS_RMSNORM), *adamw = layers_pick(KL_CUDA, LAYERS_ADAMW);
     layers_problem p = {.op = LAYERS_RMSNORM, .rmsnorm = {.T = 1, .D = 8, .x = x, .y = x}};
@@ -224,5 +204,5 @@ int main(void)
         cmocka_unit_test(linear),        cmocka_unit_test(mlp),       cmocka_unit_test(head_loss),  cmocka_unit_test(optimizers),           cmocka_unit_test(newton_schulz),
         cmocka_unit_test(refusals),
     };
-    return cmocka_run_group_tests(tests, open_device, close_device);
+    return cmocka_run_group_tests(tests, set_up_device, tear_down_device);
 }

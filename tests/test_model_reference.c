@@ -71,7 +71,7 @@ static int pair(void *user, const char *name, int64_t rows, int64_t columns, rea
 {
     pairing *p = user;
     named found = {.name = name};
-    OK(kl_weights_each(p->c, p->w, take_named, &found));
+    assert_ok(kl_weights_each(p->c, p->w, take_named, &found));
     if (!found.param)
         fail_msg("%s: the model has none", name);
     assert_int_equal(rows * columns, found.param->rows * found.param->columns);
@@ -96,7 +96,7 @@ static void check_variant(kl_ctx *ctx, const char *const *changes)
 {
     kl_config c = small_config((const char *[]){"layers=4", NULL});
     for (; *changes; changes++)
-        OK(kl_config_set(&c, *changes));
+        assert_ok(kl_config_set(&c, *changes));
     kl_model *m = random_model(ctx, &c, 51);
     int64_t cu[] = {0, T, 2 * T}, wide[B * T], wide_targets[B * T], vocab = c.vocab_size, D = c.hidden_size, L = c.num_layers;
     int32_t *ids = random_ids(52, B * T, vocab), *targets = random_ids(53, B * T, vocab);
@@ -111,7 +111,7 @@ static void check_variant(kl_ctx *ctx, const char *const *changes)
     pairing copy = {.c = &c, .w = &m->weights};
     int parameters = 0;
     assert_int_equal(ref_weights_each(&rc, &rw, pair, &copy), 0);
-    OK(kl_weights_each(&c, &m->weights, count_one, &parameters));
+    assert_ok(kl_weights_each(&c, &m->weights, count_one, &parameters));
     assert_int_equal(copy.count, parameters);
 
     ref_batch rb = {.B = B, .T = T, .ids = wide, .targets = wide_targets};
@@ -124,16 +124,16 @@ static void check_variant(kl_ctx *ctx, const char *const *changes)
     for (int64_t l = 0; l <= L; l++)
         hidden[l] = floats((size_t)(B * T * D));
     kl_batch batch = {.N = B, .cu = cu, .ids = ids};
-    OK(kl_model_forward(m, &batch, NULL, &(kl_outputs){.logits = logits, .hidden = hidden}));
+    assert_ok(kl_model_forward(m, &batch, NULL, &(kl_outputs){.logits = logits, .hidden = hidden}));
     WITHIN(kl_rel_err(logits, want_logits, (size_t)(B * T * vocab)), kl_tol_model_f32.forward, "logits");
     for (int64_t l = 0; l <= L; l++) {
         WITHIN(kl_rel_err(hidden[l], want_hidden + l * B * T * D, (size_t)(B * T * D)), kl_tol_model_f32.forward, "hidden state");
         free(hidden[l]);
     }
     kl_weights grads;
-    OK(kl_weights_zeros(&grads, &c));
+    assert_ok(kl_weights_zeros(&grads, &c));
     double loss;
-    OK(kl_model_loss(m, &batch, targets, &loss, NULL, &grads, 1.0f));
+    assert_ok(kl_model_loss(m, &batch, targets, &loss, NULL, &grads, 1.0f));
     WITHIN(fabs(loss - want_loss) / want_loss, kl_tol_model_f32.forward, "loss");
     pairing compare = {.c = &c, .w = &grads, .compare = true};
     assert_int_equal(ref_weights_each(&rc, &rg, pair, &compare), 0);

@@ -203,23 +203,23 @@ static void same_seed_same_draws(void **state)
 static void bad_options_are_named(void **state)
 {
     (void)state;
-    OK(kl_sampling_validate(&GREEDY));
-    REFUSED(kl_sampling_validate(NULL), KL_EINVAL, "sampling");
+    assert_ok(kl_sampling_validate(&GREEDY));
+    expect_error(kl_sampling_validate(NULL), KL_EINVAL, "sampling");
     kl_sampling s = GREEDY;
     s.temperature = -1;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "temperature");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "temperature");
     s = GREEDY, s.temperature = NAN;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "temperature");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "temperature");
     s = GREEDY, s.top_k = -1;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "top_k");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "top_k");
     s = GREEDY, s.top_p = 0;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "top_p");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "top_p");
     s = GREEDY, s.top_p = 1.5f;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "top_p");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "top_p");
     s = GREEDY, s.min_p = 2;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "min_p");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "min_p");
     s = GREEDY, s.repetition_penalty = 0;
-    REFUSED(kl_sampling_validate(&s), KL_EINVAL, "repetition_penalty");
+    expect_error(kl_sampling_validate(&s), KL_EINVAL, "repetition_penalty");
 }
 
 int main(void)

@@ -53,7 +53,7 @@ static char *read_file(const char *dir, const char *name, size_t *size)
 {
     char path[600], *bytes;
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    OK(kl_file_read(path, (size_t)1 << 28, &bytes, size));
+    assert_ok(kl_file_read(path, (size_t)1 << 28, &bytes, size));
     return bytes;
 }
 
@@ -86,7 +86,7 @@ static kl_status train(const kl_config *c, const kl_train_options *o, uint64_t s
 {
     kl_ctx *ctx = make_ctx(threads);
     kl_model *m;
-    OK(kl_model_random(&m, ctx, c, seed));
+    assert_ok(kl_model_random(&m, ctx, c, seed));
     kl_status s = kl_train(m, o);
     kl_model_close(m);
     kl_ctx_destroy(ctx);
@@ -107,7 +107,7 @@ static void a_short_text_is_learnt(void **state)
     o.warmup = 10;
     o.validation = 0.2;
     o.eval_every = 50;
-    OK(train(&c, &o, 1, 1));
+    assert_ok(train(&c, &o, 1, 1));
     double loss = logged(p.out, "loss"), held_out = logged(p.out, "val_loss");
     if (!(loss < 0.5) || !(held_out < 0.5)) /* log 260 = 5.6 at the start */
         fail_msg("after %d steps: loss %.3f, held out %.3f", (int)o.steps, loss, held_out);
@@ -116,7 +116,7 @@ static void a_short_text_is_learnt(void **state)
     /* what was saved is the model that was trained */
     kl_ctx *ctx = make_ctx(1);
     kl_model *m;
-    OK(kl_model_open(&m, ctx, p.out));
+    assert_ok(kl_model_open(&m, ctx, p.out));
     int32_t ids[64], targets[64];
     for (int i = 0; i < 64; i++) {
         ids[i] = (unsigned char)TEXT[i];
@@ -124,7 +124,7 @@ static void a_short_text_is_learnt(void **state)
     }
     int64_t cu[] = {0, 64};
     double again;
-    OK(kl_model_loss(m, &(kl_batch){.N = 1, .cu = cu, .ids = ids}, targets, &again, NULL, NULL, 1.0f));
+    assert_ok(kl_model_loss(m, &(kl_batch){.N = 1, .cu = cu, .ids = ids}, targets, &again, NULL, NULL, 1.0f));
     assert_true(again < 1.0);
     kl_model_close(m);
     kl_ctx_destroy(ctx);
@@ -141,17 +141,17 @@ static void resuming_is_bit_exact(void **state)
     snprintf(parts, sizeof parts, "%s/parts", p.dir);
     kl_train_options o = options_for(&p);
     o.out_dir = whole;
-    OK(train(&c, &o, 3, 2));
+    assert_ok(train(&c, &o, 3, 2));
     /* the same in pieces of one step: stop is set before it begins; other thread counts, other initial weights on resuming */
     volatile int stop = 1;
     o.out_dir = parts;
     o.stop = &stop;
-    REFUSED(train(&c, &o, 3, 1), KL_EINTR, "step 1 of 6");
+    expect_error(train(&c, &o, 3, 1), KL_EINTR, "step 1 of 6");
     o.resume = true;
-    REFUSED(train(&c, &o, 77, 2), KL_EINTR, "step 2 of 6");
-    REFUSED(train(&c, &o, 78, 3), KL_EINTR, "step 3 of 6");
+    expect_error(train(&c, &o, 77, 2), KL_EINTR, "step 2 of 6");
+    expect_error(train(&c, &o, 78, 3), KL_EINTR, "step 3 of 6");
     stop = 0;
-    OK(train(&c, &o, 79, 1));
+    assert_ok(train(&c, &o, 79, 1));
     assert_same_file(whole, parts, "training_state.safetensors");
     assert_same_file(whole, parts, "model.safetensors");
     assert_same_file(whole, parts, "config.json");
@@ -177,19 +177,19 @@ static void a_lost_stretch_is_run_again(void **state)
     snprintf(killed, sizeof killed, "%s/killed", p.dir);
     kl_train_options o = options_for(&p);
     o.out_dir = whole;
-    OK(train(&c, &o, 4, 1));
+    assert_ok(train(&c, &o, 4, 1));
     volatile int stop = 1;
     o.out_dir = killed;
     o.stop = &stop;
-    REFUSED(train(&c, &o, 4, 1), KL_EINTR, "step 1");
+    expect_error(train(&c, &o, 4, 1), KL_EINTR, "step 1");
     snprintf(command, sizeof command, "cp %s/training_state.safetensors %s/early", killed, p.dir);
     assert_int_equal(system(command), 0);
     o.resume = true;
-    REFUSED(train(&c, &o, 4, 1), KL_EINTR, "step 2");
+    expect_error(train(&c, &o, 4, 1), KL_EINTR, "step 2");
     snprintf(command, sizeof command, "mv %s/early %s/training_state.safetensors", p.dir, killed);
     assert_int_equal(system(command), 0);
     stop = 0;
-    OK(train(&c, &o, 4, 1));
+    assert_ok(train(&c, &o, 4, 1));
     assert_same_file(whole, killed, "training_state.safetensors");
     assert_same_file(whole, killed, "model.safetensors");
     size_t size;
@@ -210,22 +210,22 @@ static void resuming_another_run_is_refused(void **state)
     kl_train_options o = options_for(&p);
     o.steps = 2;
     o.resume = true;
-    REFUSED(train(&c, &o, 1, 1), KL_EIO, "resume");
+    expect_error(train(&c, &o, 1, 1), KL_EIO, "resume");
     o.resume = false;
-    OK(train(&c, &o, 1, 1));
+    assert_ok(train(&c, &o, 1, 1));
     o.resume = true;
     o.seed = 2;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "seed 1, now it is 2");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "seed 1, now it is 2");
     o.seed = 1, o.context = 25;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "context");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "context");
     o.context = 24, o.batch = 3;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "batch");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "batch");
     o.batch = 2;
-    REFUSED(train(&other, &o, 1, 1), KL_EINVAL, "model");
+    expect_error(train(&other, &o, 1, 1), KL_EINVAL, "model");
     FILE *f = fopen(p.text, "r+");
     fputs("T", f); /* one letter is another */
     fclose(f);
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "text");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "text");
     f = fopen(p.text, "r+");
     fputs("t", f);
     fclose(f);
@@ -233,7 +233,7 @@ static void resuming_another_run_is_refused(void **state)
     char path[400];
     snprintf(path, sizeof path, "%s/training_state.safetensors", p.out);
     assert_int_equal(truncate(path, 5000), 0);
-    REFUSED(train(&c, &o, 1, 1), KL_EFORMAT, "training_state");
+    expect_error(train(&c, &o, 1, 1), KL_EFORMAT, "training_state");
     remove_folder(p.dir);
 }
 
@@ -244,26 +244,26 @@ static void bad_options_are_named(void **state)
     kl_config c = byte_config();
     kl_train_options o = options_for(&p);
     o.data = "/nonexistent/text";
-    REFUSED(train(&c, &o, 1, 1), KL_EIO, "/nonexistent/text");
+    expect_error(train(&c, &o, 1, 1), KL_EIO, "/nonexistent/text");
     o = options_for(&p), o.context = 300;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "context + 1 = 301");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "context + 1 = 301");
     o = options_for(&p), o.validation = 0.01;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "validation");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "validation");
     o = options_for(&p), o.steps = 0;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "steps");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "steps");
     o = options_for(&p), o.lr = NAN;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "lr");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "lr");
     o = options_for(&p), o.beta2 = 1.0;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "beta2");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "beta2");
     o = options_for(&p), o.warmup = 7;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "warmup");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "warmup");
     o = options_for(&p), o.out_dir = NULL;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "out_dir");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "out_dir");
     o = options_for(&p), o.save_dtype = KL_I32;
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "save_dtype");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "save_dtype");
     c.vocab_size = 100;
     o = options_for(&p);
-    REFUSED(train(&c, &o, 1, 1), KL_EINVAL, "vocab_size of 100");
+    expect_error(train(&c, &o, 1, 1), KL_EINVAL, "vocab_size of 100");
     remove_folder(p.dir);
 }
 
@@ -274,10 +274,10 @@ static void a_broken_model_is_not_saved(void **state)
     kl_config c = byte_config();
     kl_ctx *ctx = make_ctx(1);
     kl_model *m;
-    OK(kl_model_random(&m, ctx, &c, 1));
+    assert_ok(kl_model_random(&m, ctx, &c, 1));
     ((float *)m->weights.norm.data)[0] = NAN;
     kl_train_options o = options_for(&p);
-    REFUSED(kl_train(m, &o), KL_EINVAL, "finite loss");
+    expect_error(kl_train(m, &o), KL_EINVAL, "finite loss");
     char path[400];
     snprintf(path, sizeof path, "%s/model.safetensors", p.out);
     assert_int_not_equal(access(path, F_OK), 0);
@@ -294,23 +294,23 @@ static void mapped_weights_can_be_trained(void **state)
     kl_train_options o = options_for(&p);
     o.steps = 2;
     o.save_dtype = KL_BF16;
-    OK(train(&c, &o, 1, 1));
+    assert_ok(train(&c, &o, 1, 1));
     kl_ctx *ctx = make_ctx(1);
     kl_model *m;
-    OK(kl_model_open(&m, ctx, p.out));
+    assert_ok(kl_model_open(&m, ctx, p.out));
     assert_int_equal(m->weights.embed.dtype, KL_BF16);
     char next[350];
     snprintf(next, sizeof next, "%s/next", p.dir);
     o.out_dir = next;
-    OK(kl_train(m, &o));
+    assert_ok(kl_train(m, &o));
     assert_int_equal(m->weights.embed.dtype, KL_F32);
     kl_model_close(m);
     /* and the bf16 checkpoint resumes from its float state */
     o.out_dir = p.out;
     o.resume = true;
     o.steps = 3;
-    OK(kl_model_open(&m, ctx, p.out));
-    OK(kl_train(m, &o));
+    assert_ok(kl_model_open(&m, ctx, p.out));
+    assert_ok(kl_train(m, &o));
     kl_model_close(m);
     kl_ctx_destroy(ctx);
     remove_folder(p.dir);
@@ -325,7 +325,7 @@ static void choice_bias_balances_the_experts(void **state)
     for (int on = 0; on < 2; on++) {
         kl_ctx *ctx = make_ctx(1);
         kl_model *m;
-        OK(kl_model_random(&m, ctx, &c, 5));
+        assert_ok(kl_model_random(&m, ctx, &c, 5));
         /* a router that prefers two experts whatever comes */
         for (int64_t l = 0; l < c.num_layers; l++)
             for (int64_t e = 0; c.sparse[l] && e < 2; e++)
@@ -335,7 +335,7 @@ static void choice_bias_balances_the_experts(void **state)
         o.lr = o.min_lr = 1e-4;
         o.bias_update_rate = on ? 0.03 : 0.0;
         o.validation = 0;
-        OK(kl_train(m, &o));
+        assert_ok(kl_train(m, &o));
         load[on] = logged(p.out, "load_max");
         kl_model_close(m);
         kl_ctx_destroy(ctx);
@@ -360,7 +360,7 @@ static void passes_add_up_to_the_batch(void **state)
         o.steps = 1;
         o.warmup = 0;
         o.validation = 0;
-        OK(train(&c, &o, 6, 1));
+        assert_ok(train(&c, &o, 6, 1));
         loss[i] = logged(p.out, "loss");
         norm[i] = logged(p.out, "grad_norm");
         WITHIN(fabs(loss[i] - loss[0]), 2e-6, "loss");

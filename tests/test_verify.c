@@ -10,6 +10,7 @@
 
 #include "harness/reference_variants.h"
 #include "harness/verify.h"
+#include "tests/expect.h"
 #include "tests/shell.h"
 
 static kl_ctx *ctx;
@@ -30,12 +31,6 @@ static int tear_down(void **state)
     return 0;
 }
 
-static void ok(kl_status s)
-{
-    if (kl_failed(s))
-        fail_msg("%s", s.message);
-}
-
 /* ---- problems ---- */
 
 static void regimes_are_what_they_are_called(void **state)
@@ -45,7 +40,7 @@ static void regimes_are_what_they_are_called(void **state)
     for (int regime = 0; regime < 3; regime++) {
         for (int gate = 0; gate < 3; gate++) {
             kl_case c;
-            ok(kl_case_kda(&c, &(kl_kda_spec){.T = 40, .H = 2, .K = 24, .regime = (kl_regime)regime, .gate = gates[gate], .seed = 3}));
+            assert_ok(kl_case_kda(&c, &(kl_kda_spec){.T = 40, .H = 2, .K = 24, .regime = (kl_regime)regime, .gate = gates[gate], .seed = 3}));
             const kda_problem *p = &c.problem.kda;
             const float *g = p->g;
             for (int64_t i = 0; i < 40 * 2 * 24; i++) {
@@ -64,7 +59,7 @@ static void slow_keys_have_cosine_four_fifths(void **state)
 {
     (void)state;
     kl_case c;
-    ok(kl_case_kda(&c, &(kl_kda_spec){.T = 200, .H = 1, .K = 128, .regime = KL_REGIME_SLOW, .seed = 4}));
+    assert_ok(kl_case_kda(&c, &(kl_kda_spec){.T = 200, .H = 1, .K = 128, .regime = KL_REGIME_SLOW, .seed = 4}));
     const float *k = c.problem.kda.k, *beta = c.problem.kda.beta;
     double cosine = 0.0, mean = 0.0;
     for (int64_t t = 0; t < 200; t++) {
@@ -82,10 +77,10 @@ static void a_seed_is_a_problem(void **state)
     (void)state;
     kl_case a, b, c;
     kl_kda_spec spec = {.T = 20, .H = 1, .K = 8, .backward = true, .state = true, .seed = 9};
-    ok(kl_case_kda(&a, &spec));
-    ok(kl_case_kda(&b, &spec));
+    assert_ok(kl_case_kda(&a, &spec));
+    assert_ok(kl_case_kda(&b, &spec));
     spec.seed = 10;
-    ok(kl_case_kda(&c, &spec));
+    assert_ok(kl_case_kda(&c, &spec));
     assert_memory_equal(a.problem.kda.q, b.problem.kda.q, 20 * 8 * sizeof(float));
     assert_memory_not_equal(a.problem.kda.q, c.problem.kda.q, 20 * 8 * sizeof(float));
     kl_case_free(&a);
@@ -114,11 +109,11 @@ static void the_identity_holds(void **state)
     for (int regime = 0; regime < 3; regime++) {
         kl_case kda, general;
         kl_scratch s = {0};
-        ok(kl_case_kda(&kda, &(kl_kda_spec){.T = 70, .H = 2, .HV = 4, .K = 24, .V = 16, .G = 6, .regime = (kl_regime)regime, .state = true, .seed = 5}));
-        ok(kl_case_run(ctx, &kda, &kl_reference_kda, KL_FORWARD, &s));
-        ok(kl_case_keep(&kda, KL_FORWARD));
-        ok(kl_case_dplr(&general, &kda));
-        ok(kl_case_run(ctx, &general, &kl_reference_dplr, KL_FORWARD, &s));
+        assert_ok(kl_case_kda(&kda, &(kl_kda_spec){.T = 70, .H = 2, .HV = 4, .K = 24, .V = 16, .G = 6, .regime = (kl_regime)regime, .state = true, .seed = 5}));
+        assert_ok(kl_case_run(ctx, &kda, &kl_reference_kda, KL_FORWARD, &s));
+        assert_ok(kl_case_keep(&kda, KL_FORWARD));
+        assert_ok(kl_case_dplr(&general, &kda));
+        assert_ok(kl_case_run(ctx, &general, &kl_reference_dplr, KL_FORWARD, &s));
         assert_true(kl_within(kl_case_worst(&general, KL_FORWARD, NULL), 1e-6));
         kl_case_free(&kda);
         kl_case_free(&general);
@@ -156,9 +151,9 @@ static void faults_are_found(void **state)
     const kl_variant faulty = {"kda", "faulty", KL_CPU, "", faulty_check, faulty_workspace, faulty_forward, NULL, faulty_cost};
     kl_case c;
     kl_scratch s = {0};
-    ok(kl_case_kda(&c, &(kl_kda_spec){.T = 33, .H = 2, .K = 8, .seed = 6}));
-    ok(kl_case_run(ctx, &c, &kl_reference_kda, KL_FORWARD, &s));
-    ok(kl_case_keep(&c, KL_FORWARD));
+    assert_ok(kl_case_kda(&c, &(kl_kda_spec){.T = 33, .H = 2, .K = 8, .seed = 6}));
+    assert_ok(kl_case_run(ctx, &c, &kl_reference_kda, KL_FORWARD, &s));
+    assert_ok(kl_case_keep(&c, KL_FORWARD));
     for (fault = RIGHT; fault <= WRITES_TOO_FAR; fault++) {
         kl_status status = kl_case_run(ctx, &c, &faulty, KL_FORWARD, &s);
         bool found = kl_failed(status) || !kl_within(kl_case_worst(&c, KL_FORWARD, NULL), c.tolerance.forward);
