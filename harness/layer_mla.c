@@ -12,6 +12,7 @@ void kl_mla_carve(kl_arena *a, const kl_config *c, int64_t T, kl_mla_acts *acts)
     acts->kv = KL_TAKE(a, float, kl_mul(n, (size_t)latent_width(c), &a->overflow));
     acts->latent = KL_TAKE(a, float, kl_mul(n, (size_t)latent_width(c), &a->overflow));
     acts->o = KL_TAKE(a, float, kl_mul(n, (size_t)(c->num_heads * c->v_head_dim), &a->overflow));
+    acts->lse = KL_TAKE(a, float, kl_mul(n, (size_t)c->num_heads, &a->overflow));
 }
 
 static mla_problem attention_of(const kl_call *c, int64_t l, const kl_mla_acts *a)
@@ -21,7 +22,7 @@ static mla_problem attention_of(const kl_call *c, int64_t l, const kl_mla_acts *
     mla_problem p = {
         .N = c->N, .H = k->num_heads, .R = k->kv_lora_rank, .Dn = k->qk_nope_head_dim, .Dr = k->qk_rope_head_dim,
         .Dv = k->v_head_dim, .cu_q = c->cu, .kv_start = c->kv_start, .kv_len = c->kv_len,
-        .weight_dtype = w->kv_b.dtype, .q = a->q, .kv_b = w->kv_b.data, .o = a->o,
+        .weight_dtype = w->kv_b.dtype, .q = a->q, .kv_b = w->kv_b.data, .o = a->o, .lse = a->lse,
         .latent = a->latent, .latent_rows = c->T, .latent_dtype = KL_F32,
     };
     if (c->cache) {
@@ -100,7 +101,7 @@ kl_status kl_mla_layer_backward(const kl_call *c, int64_t l, const float *h, con
     /* forward: out = o_proj o, o = attention(q, latent) */
     KL_TRY(ops->linear_backward(ctx, &w->o_proj, c->T, a->o, dout, d->o, false, &g->o_proj));
     mla_problem p = attention_of(c, l, a);
-    mla_grads dp = {.d_o = d->o, .dq = d->q, .dlatent = d->latent, .dkv_b = g->kv_b.data};
+    mla_grads dp = {.d_o = d->o, .dq = d->q, .dlatent = d->latent, .dkv_b = g->kv_b.data, .o = a->o, .lse = a->lse};
     const kl_variant *v = pick(c, &p, KL_BACKWARD);
     if (!v)
         return missing(c);

@@ -38,6 +38,7 @@ typedef struct kl_mla_acts {
     float *kv;                 /* [T,R+Dr] projection */
     float *latent;             /* [T,R+Dr] normalised, rotated if the model rotates */
     float *o;                  /* [T,H Dv] */
+    float *lse;                /* [T,H] */
 } kl_mla_acts;
 
 typedef struct kl_layer_acts {

@@ -104,9 +104,13 @@ typedef struct kl_mla_spec {
     const int64_t *lengths;
     kl_dtype latent_dtype, weight_dtype;
     bool backward;
+    bool given;             /* the backward pass shall be given o and lse */
     uint64_t seed;
 } kl_mla_spec;
 kl_status kl_case_mla(kl_case *c, const kl_mla_spec *s);
+/* What a forward pass has left in the case's tensors becomes what the backward pass is given, if it shall be given any. On a device
+ * after kl_case_upload, which is done again. */
+kl_status kl_case_give(kl_case *c);
 
 /* Random MoE. No token stands within 1e-4 of another choice of experts, so that rounding cannot change the choice. */
 typedef struct kl_moe_spec {

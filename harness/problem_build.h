@@ -24,6 +24,7 @@ void kl_image_free(struct kl_image *image);
 kl_status kl_image_send(const struct kl_image *image);
 kl_status kl_image_fetch(const struct kl_image *image, kl_pass pass);
 const kl_case *kl_image_case(const struct kl_image *image);
+const kl_ctx *kl_image_context(const struct kl_image *image);
 
 /* N(0, stddev) in the tensor's own type, drawn in pieces so that no float copy of it is needed. */
 void kl_fill_typed(uint64_t seed, uint64_t stream, void *x, kl_dtype type, int64_t count, float stddev);

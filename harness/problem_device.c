@@ -8,6 +8,7 @@
 #include "harness/problem_device.h"
 
 const kl_case *kl_image_case(const kl_image *image) { return &image->on; }
+const kl_ctx *kl_image_context(const kl_image *image) { return image->ctx; }
 
 /* Row r of the part on the device. */
 static size_t row_at(const kl_image *im, const kl_part *p, int64_t r)

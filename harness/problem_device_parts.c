@@ -113,6 +113,8 @@ static void list_mla(kl_image *im, const kl_case *c)
     kl_part_add(im, c, "o", KL_PART_ACTIVATION, NULL, h->o, &p->o, NULL, tokens, values);
     kl_part_add(im, c, "lse", KL_PART_PLAIN, NULL, h->lse, &p->lse, NULL, tokens, h->H);
     kl_part_add(im, c, "do", KL_PART_ACTIVATION, hg->d_o, NULL, &g->d_o, NULL, tokens, values);
+    kl_part_add(im, c, "given o", KL_PART_ACTIVATION, hg->o, NULL, &g->o, NULL, tokens, values);
+    kl_part_add(im, c, "given lse", KL_PART_PLAIN, hg->lse, NULL, &g->lse, NULL, tokens, h->H);
     kl_part_add(im, c, "dq", KL_PART_ACTIVATION, NULL, hg->dq, &g->dq, &p->q_stride, tokens, queries);
     kl_part_add(im, c, "dlatent", KL_PART_PLAIN, NULL, hg->dlatent, &g->dlatent, NULL, h->latent_rows, width);
     kl_part_add(im, c, "dkv_b", KL_PART_PLAIN, NULL, hg->dkv_b, &g->dkv_b, NULL, weights, h->R);

@@ -1,5 +1,6 @@
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "harness/problem_build.h"
 
@@ -35,6 +36,8 @@ static void lay_out(kl_case *c, const void *spec, kl_arena *a)
         return;
     mla_grads *d = &c->grads.mla;
     d->d_o = l->d_o;
+    d->o = s->given ? KL_TAKE(a, float, l->queries * s->H * s->Dv) : NULL;
+    d->lse = s->given ? KL_TAKE(a, float, l->queries * s->H) : NULL;
     d->dq = kl_case_output(c, a, "dq", l->queries, s->H, width, true, false);
     d->dlatent = kl_case_output(c, a, "dlatent", l->keys, 1, latent, true, false);
     d->dkv_b = kl_case_output(c, a, "dkv_b", 1, s->H, (s->Dn + s->Dv) * s->R, true, true);
@@ -61,6 +64,8 @@ kl_status kl_case_mla(kl_case *c, const kl_mla_spec *given)
         longest = length > longest ? length : longest;
     }
     KL_TRY(kl_case_build(c, lay_out, &l));
+    if (c->grads.mla.o)
+        memset((void *)c->grads.mla.o, 0, (size_t)(l.queries * s->H * (s->Dv + 1)) * sizeof(float));
     l.cu_q[0] = 0;
     for (int64_t n = 0, start = 0; n < s->N; n++) {
         int64_t length = s->lengths ? s->lengths[n] : s->T;
@@ -74,8 +79,19 @@ kl_status kl_case_mla(kl_case *c, const kl_mla_spec *given)
     kl_fill_typed(s->seed, 3, l.kv_b, s->weight_dtype, s->H * (s->Dn + s->Dv) * s->R, 1.0f / sqrtf((float)s->R));
     if (l.d_o)
         kl_fill_typed(s->seed, 4, l.d_o, KL_F32, l.queries * s->H * s->Dv, 1.0f);
-    snprintf(c->name, sizeof c->name, "N%lld Tq%lld Tk%lld H%lld R%lld Dn%lld Dr%lld Dv%lld latent %s weight %s", (long long)s->N,
+    snprintf(c->name, sizeof c->name, "N%lld Tq%lld Tk%lld H%lld R%lld Dn%lld Dr%lld Dv%lld latent %s weight %s%s", (long long)s->N,
              (long long)l.queries, (long long)longest, (long long)s->H, (long long)s->R, (long long)s->Dn, (long long)s->Dr,
-             (long long)s->Dv, kl_dtype_name(s->latent_dtype), kl_dtype_name(s->weight_dtype));
+             (long long)s->Dv, kl_dtype_name(s->latent_dtype), kl_dtype_name(s->weight_dtype), s->given ? " given" : "");
     return kl_ok();
+}
+
+kl_status kl_case_give(kl_case *c)
+{
+    const mla_problem *p = &c->problem.mla;
+    const mla_grads *g = &c->grads.mla;
+    if (c->family != KL_FAMILY_MLA || !c->backward || !g->o)
+        return kl_ok();
+    memcpy((void *)g->o, p->o, (size_t)(p->cu_q[p->N] * p->H * p->Dv) * sizeof(float));
+    memcpy((void *)g->lse, p->lse, (size_t)(p->cu_q[p->N] * p->H) * sizeof(float));
+    return c->image ? kl_case_upload(kl_image_context(c->image), c) : kl_ok();
 }

@@ -159,6 +159,8 @@ kl_status kl_verify_case(kl_verifier *v, kl_case *c, bool golden)
             KL_TRY(kl_error_in(kl_case_run(v->ctx, c, reference, pass, &v->scratch), "%s: reference", c->name));
             KL_TRY(kl_case_keep(c, pass));
         }
+        if (pass == KL_FORWARD)
+            KL_TRY(kl_case_give(c));
         int count;
         const kl_variant *variant = kl_family_variants(c->family, &count);
         for (int i = 0; i < count; i++)

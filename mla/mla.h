@@ -41,12 +41,15 @@ typedef struct mla_problem {
     float *lse;                /* [Tq,H] natural log of the softmax denominator (with scale); NULL: not wanted */
 } mla_problem;
 
-/* dq and dlatent overwrite (latent rows of no sequence are left alone); dkv_b accumulates. NULL: not wanted. */
+/* dq and dlatent overwrite (latent rows of no sequence are left alone); dkv_b accumulates. NULL: not wanted.
+ * o and lse: what the forward pass wrote, or both NULL: then so much of it as is needed is computed again. */
 typedef struct mla_grads {
     const void *d_o;           /* [Tq,H,Dv] */
     void *dq;                  /* [Tq,H,Dn+Dr], q_stride */
     float *dlatent;            /* [rows,R+Dr] */
     float *dkv_b;              /* [H,Dn+Dv,R] */
+    const void *o;             /* [Tq,H,Dv] */
+    const float *lse;          /* [Tq,H] */
 } mla_grads;
 
 kl_status mla_validate(const kl_ctx *ctx, const mla_problem *p);
@@ -57,7 +60,7 @@ const kl_variant *mla_pick(kl_device device, const char *name, const mla_problem
 
 size_t mla_workspace(const kl_ctx *ctx, const mla_problem *p, kl_pass pass);
 kl_status mla_forward(kl_ctx *ctx, const mla_problem *p, void *workspace, size_t bytes);
-/* Recomputes the forward pass it needs; p->o and p->lse are not read. */
+/* p->o and p->lse are neither read nor written. */
 kl_status mla_backward(kl_ctx *ctx, const mla_problem *p, const mla_grads *g, void *workspace, size_t bytes);
 
 /* Rotary embedding for the ablation, in place: Dr contiguous numbers for each of rows x heads, pairs

@@ -145,6 +145,8 @@ kl_status mla_validate_grads(const mla_problem *p, const mla_grads *g)
     KL_REQUIRE(g, "grads: expected an mla_grads, got NULL");
     KL_REQUIRE(g->d_o || p->N == 0 || p->cu_q[p->N] == p->cu_q[0], "d_o: expected [%lld,%lld,%lld], got NULL",
                (long long)(p->cu_q[p->N] - p->cu_q[0]), (long long)p->H, (long long)p->Dv);
+    KL_REQUIRE(!g->o == !g->lse, "%s: expected [%lld,%lld%s with %s, got NULL", g->o ? "lse" : "o", p->N ? (long long)(p->cu_q[p->N] - p->cu_q[0]) : 0LL,
+               (long long)p->H, g->o ? "]" : ",Dv]", g->o ? "o" : "lse");
     /* In ascending order each range need only be compared with the one before it. */
     bool ascending = true;
     for (int64_t n = 1; n < p->N; n++)

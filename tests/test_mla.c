@@ -111,7 +111,7 @@ static problem make(const shape *s, uint64_t seed)
 static void bind(problem *x)
 {
     x->p.cu_q = x->cu_q, x->p.kv_start = x->kv_start, x->p.kv_len = x->kv_len;
-    x->g = (mla_grads){x->d_o, x->dq, x->dlatent, x->dkv_b};
+    x->g = (mla_grads){.d_o = x->d_o, .dq = x->dq, .dlatent = x->dlatent, .dkv_b = x->dkv_b};
 }
 
 static void drop(problem *x)
@@ -512,7 +512,7 @@ static void subsets_of_gradients(void **state)
         poison(y.dlatent, latent_size(&y));
         for (size_t i = 0; i < weight_size(&y); i++)
             y.dkv_b[i] = 0.0f;
-        y.g = (mla_grads){y.d_o, wanted & 1 ? y.dq : NULL, wanted & 2 ? y.dlatent : NULL, wanted & 4 ? y.dkv_b : NULL};
+        y.g = (mla_grads){.d_o = y.d_o, .dq = wanted & 1 ? y.dq : NULL, .dlatent = wanted & 2 ? y.dlatent : NULL, .dkv_b = wanted & 4 ? y.dkv_b : NULL};
         assert_false(kl_failed(run(v, &y, KL_BACKWARD, 2)));
         if (wanted & 1)
             same_bits("dq", x.dq, y.dq, q_size(&x));
@@ -521,12 +521,29 @@ static void subsets_of_gradients(void **state)
         if (wanted & 4)
             same_bits("dkv_b", x.dkv_b, y.dkv_b, weight_size(&x));
     }
-    y.g = (mla_grads){y.d_o, NULL, NULL, y.dkv_b};
+    y.g = (mla_grads){.d_o = y.d_o, .dkv_b = y.dkv_b};
     assert_false(kl_failed(run(v, &y, KL_BACKWARD, 2)));
     for (size_t i = 0; i < weight_size(&y); i++)
         assert_true(fabsf(y.dkv_b[i] - 2.0f * x.dkv_b[i]) <= 1e-5f * (1.0f + fabsf(x.dkv_b[i])));
     drop(&x);
     drop(&y);
+}
+
+/* Given what the forward pass wrote, the gradients are those that are found without. */
+static void given_what_the_forward_pass_wrote(void **state)
+{
+    (void)state;
+    shape s = {.N = 2, .H = 3, .R = 20, .Dn = 8, .Dr = 4, .Dv = 13, .queries = {40, 5}, .keys = {60, 30}, .size = 1.0f};
+    problem x = make(&s, 5);
+    bind(&x);
+    const kl_variant *v = mla_pick(KL_CPU, NULL, &x.p, KL_BACKWARD);
+    answer a = reference(&x, true);
+    forward(mla_pick(KL_CPU, NULL, &x.p, KL_FORWARD), &x, 2);
+    x.g.o = x.o, x.g.lse = x.lse;
+    backward(v, &x, 2);
+    check_backward(v, &x, &a, 5, kl_tol_mla_f32.gradient);
+    forget(&a);
+    drop(&x);
 }
 
 /* More expanded rows than the budget holds: heads in several groups, one head in several stretches of keys. The reference
@@ -661,6 +678,12 @@ static void bad_arguments(void **state)
     refuse(v, &y, KL_BACKWARD, "d_o:");
     y = x;
     bind(&y);
+    y.g.o = y.o;
+    refuse(v, &y, KL_BACKWARD, "lse:");
+    y.g.o = NULL, y.g.lse = y.lse;
+    refuse(v, &y, KL_BACKWARD, "o:");
+    y = x;
+    bind(&y);
     y.kv_start[1] = y.kv_start[0] + 3;
     refuse(v, &y, KL_BACKWARD, "kv_start[1]:");
     y.p.latent = NULL;
@@ -755,6 +778,7 @@ int main(void)
         cmocka_unit_test(same_for_any_threads),
         cmocka_unit_test(neighbours_do_not_matter),
         cmocka_unit_test(subsets_of_gradients),
+        cmocka_unit_test(given_what_the_forward_pass_wrote),
         cmocka_unit_test(long_sequences),
         cmocka_unit_test(beyond_two_to_the_31),
         cmocka_unit_test(bad_arguments),

@@ -128,6 +128,21 @@ static void statistics(const mla_problem *p, const float *d_o, int64_t n, int64_
     }
 }
 
+/* The same from what the forward pass left:  delta_i = o_i . do_i */
+static void given_statistics(const mla_problem *p, const mla_grads *g, int64_t n, int64_t h, const tiles *t)
+{
+    for (int64_t i = 0; i < mla_queries(p, n); i++) {
+        const float *o = (const float *)g->o + o_at(p, n, h, i), *d_o = (const float *)g->d_o + o_at(p, n, h, i);
+        kl_v sum = {0};
+        for (int64_t e = 0; e < p->Dv; e += KL_LANES) {
+            int64_t size = mla_min(KL_LANES, p->Dv - e);
+            sum += kl_vload_up_to(o + e, size) * kl_vload_up_to(d_o + e, size);
+        }
+        t->lse[i] = g->lse[(p->cu_q[n] + i) * p->H + h];
+        t->delta[i] = kl_vsum(sum);
+    }
+}
+
 /* s becomes p, dp becomes ds; both 0 where hidden. */
 static void gradients_row(float *s, float *dp, int64_t seen, int64_t keys, float lse, float delta, float scale)
 {
@@ -172,7 +187,10 @@ static void walk_unit(const mla_problem *p, const mla_grads *g, const workspace 
 {
     int64_t n = u / p->H, h = u % p->H;
     tiles t = {scratch, scratch + w->longest, scratch + 2 * w->longest, scratch + 2 * w->longest + MLA_QUERY_TILE * MLA_KEY_TILE};
-    statistics(p, g->d_o, n, h, kv, &t);
+    if (g->o)
+        given_statistics(p, g, n, h, &t);
+    else
+        statistics(p, g->d_o, n, h, kv, &t);
     for (int64_t j = 0; j < p->kv_len[n]; j += MLA_KEY_TILE) {
         size_t row = (size_t)j * (size_t)mla_row(p);
         key_tile(p, g, n, h, j, mla_min(MLA_KEY_TILE, p->kv_len[n] - j), kv + row, dkv ? dkv + row : NULL, &t);

@@ -1,3 +1,4 @@
+#include "common/gpu.h"
 #include "mla/cuda/absorb.cuh"
 
 #include <algorithm>
@@ -191,6 +192,7 @@ template <int TILES, int COLUMNS, int WARPS> kl_status launch_project(const kl_c
 
 kl_status mla_cuda_absorb(const kl_ctx *ctx, const mla_problem *p, uint16_t *rows)
 {
+    kl_range range("mla absorb");
     ends x = ends_of(p);
     x.rows = rows;
     return x.tokens <= TOKENS ? launch_absorb<1, 4>(ctx, x) : launch_absorb<4, 8>(ctx, x);
@@ -198,6 +200,7 @@ kl_status mla_cuda_absorb(const kl_ctx *ctx, const mla_problem *p, uint16_t *row
 
 kl_status mla_cuda_project(const kl_ctx *ctx, const mla_problem *p, const uint16_t *rows)
 {
+    kl_range range("mla project");
     ends x = ends_of(p);
     x.a = rows;
     return x.tokens <= TOKENS ? launch_project<1, 1, 4>(ctx, x) : launch_project<2, 2, 8>(ctx, x);

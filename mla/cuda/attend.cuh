@@ -217,11 +217,9 @@ __device__ void attend_all(const attention &p, const mla_pieces &pieces, shared 
                 hide(x, r, first);
             exponentials(x, r, o, a);
             accumulate(o, a, s.latent[stage], group);
-            if (kl_lane() == 0)
-                kl_mbar_arrive(&s.empty[stage]);
+            kl_mbar_arrive(&s.empty[stage]);
         }
-        if (kl_lane() == 0)
-            kl_mbar_arrive(&s.q_empty);
+        kl_mbar_arrive(&s.q_empty);
         end_tile(p, span, row, group, r, o);
     }
 }
@@ -233,10 +231,10 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ att
     int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), part = (int)blockIdx.x;
     if (threadIdx.x == 0) {
         kl_mbar_init(&s.q_full, 1);
-        kl_mbar_init(&s.q_empty, WARPS);
+        kl_mbar_init(&s.q_empty, 32 * WARPS);
         for (int i = 0; i < STAGES; i++) {
             kl_mbar_init(&s.full[i], 1);
-            kl_mbar_init(&s.empty[i], WARPS);
+            kl_mbar_init(&s.empty[i], 32 * WARPS);
         }
         kl_mbar_init_fence();
     }

@@ -82,7 +82,7 @@ kl_status mla_upload_sequences(const kl_ctx *ctx, const mla_problem *p, const ml
             row[filled] = {p->cu_q[n], key_row, p->kv_start[n], pe_copied ? key_row : p->kv_start[n], (int)mla_queries(p, n), (int)p->kv_len[n],
                            (int)blocks, (int)key_blocks, gathered(p, n, b.heads)};
             blocks += (mla_queries(p, n) + MLA_BLOCK - 1) / MLA_BLOCK;
-            key_blocks += (p->kv_len[n] + MLA_KEY_BLOCK - 1) / MLA_KEY_BLOCK;
+            key_blocks += (p->kv_len[n] + MLA_BLOCK - 1) / MLA_BLOCK;
             key_row += keys_of(p, n++);
         }
         KL_TRY(kl_upload(ctx, table + done, row, (size_t)filled * sizeof *row));
@@ -108,6 +108,7 @@ mla_run mla_first_run(const mla_problem *p, const mla_batch &b) { return mla_nex
 
 kl_status mla_expand_rows(kl_ctx *ctx, const mla_problem *p, const mla_batch &b, int64_t head0, int64_t heads, void *expanded, void *workspace)
 {
+    kl_range range("mla expand");
     kl_product shape = {};
     shape.N = heads * (p->Dn + p->Dv), shape.K = p->R;
     shape.a_stride = p->R + p->Dr, shape.b_stride = p->R, shape.y_stride = shape.N;
@@ -139,4 +140,23 @@ mla_piece mla_piece_of(const mla_problem *p, const mla_batch &b, const mla_seque
     x.sequences.heads = (int)x.heads;
     x.pe += p->R;
     return x;
+}
+
+kl_status mla_describe(mla_reads *r, const mla_problem *p, const mla_piece &x, int queries, int keys)
+{
+    int64_t tokens = p->cu_q[p->N], head = p->Dn + p->Dr, expanded = p->Dn + p->Dv, stride = mla_q_stride(p);
+    KL_TRY(mla_map_heads(&r->q, "q", p->q, tokens, stride, p->H, head, 0, p->Dn, queries));
+    KL_TRY(mla_map_heads(&r->q_pe, "q", p->q, tokens, stride, p->H, head, p->Dn, p->Dr, queries));
+    KL_TRY(mla_map_heads(&r->k, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, 0, p->Dn, keys));
+    KL_TRY(mla_map_heads(&r->v, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, p->Dn, p->Dv, keys));
+    KL_TRY(mla_map_heads(&r->pe, "latent", x.pe, x.pe_rows, x.pe_stride, 1, x.pe_stride, 0, p->Dr, keys));
+    r->q_pe_column = r->pe_column = p->Dr ? 0 : 64;
+    r->head0 = (int)x.head0;
+    r->Dn = (int)p->Dn;
+    r->Dr = (int)p->Dr;
+    r->Dv = (int)p->Dv;
+    r->sequences = x.sequences;
+    r->scale = mla_scale(p);
+    r->scale_log2 = r->scale * 1.44269504f;
+    return kl_ok();
 }

@@ -12,8 +12,8 @@
 #include "common/gpu.h"
 #include "mla/internal.h"
 
-/* Queries, and keys, of a block; the widest head, which has PANELS of 64 query columns and V_PANELS of 64 value columns. */
-enum { MLA_BLOCK = 128, MLA_KEY_BLOCK = 64, MLA_DN = 128, MLA_DR = 64, MLA_DV = 128, MLA_PANELS = 3, MLA_V_PANELS = 2 };
+/* Queries, or keys, of an item; the widest head, which has PANELS of 64 query columns and V_PANELS of 64 value columns. */
+enum { MLA_BLOCK = 128, MLA_DN = 128, MLA_DR = 64, MLA_DV = 128, MLA_PANELS = 3, MLA_V_PANELS = 2 };
 
 /* Sequences of one upload; no more than these are put in order, longest first. */
 enum { MLA_ORDERED_SEQUENCES = 64 };
@@ -30,7 +30,7 @@ struct mla_sequences {
     int count, heads, blocks, key_blocks;
 };
 
-/* The work of one block: queries MLA_BLOCK block .. or keys MLA_KEY_BLOCK block .. of one head. */
+/* What one block, or cluster, works on: queries or keys MLA_BLOCK block .. of one head. */
 struct mla_item {
     mla_sequence s;
     int head, block;
@@ -51,7 +51,7 @@ template <bool of_keys> __device__ __forceinline__ mla_item mla_find_item(const 
     }
     mla_item it;
     it.s = all.row[low];
-    int blocks = of_keys ? (it.s.keys + MLA_KEY_BLOCK - 1) / MLA_KEY_BLOCK : (it.s.queries + MLA_BLOCK - 1) / MLA_BLOCK;
+    int blocks = ((of_keys ? it.s.keys : it.s.queries) + MLA_BLOCK - 1) / MLA_BLOCK;
     int64_t within = x - (int64_t)(of_keys ? it.s.key_blocks_before : it.s.blocks_before) * all.heads;
     int first = (int)(within / ((int64_t)blocks * it.s.gathered)) * it.s.gathered, side = min(it.s.gathered, all.heads - first);
     int rest = (int)(within - (int64_t)first * blocks);
@@ -60,6 +60,23 @@ template <bool of_keys> __device__ __forceinline__ mla_item mla_find_item(const 
     return it;
 }
 
+/* Where an item's queries stand among its keys, which come in tiles: query i sees the keys up to first + i. */
+struct mla_stretch {
+    int first, rows, tiles, whole; /* rows: queries that exist; tiles: that anyone sees; whole: that all see entirely */
+};
+template <int KEYS> __device__ __forceinline__ mla_stretch mla_stretch_of(const mla_item &it)
+{
+    mla_stretch t;
+    t.first = it.s.keys - it.s.queries + it.block * MLA_BLOCK;
+    t.rows = min((int)MLA_BLOCK, it.s.queries - it.block * MLA_BLOCK);
+    t.tiles = (t.first + t.rows + KEYS - 1) / KEYS;
+    t.whole = (t.first + 1) / KEYS;
+    return t;
+}
+
+/* Piece of 16 bytes of a row of 128, as swizzled copies leave them. */
+__device__ __forceinline__ const unsigned char *mla_piece_at(const unsigned char *rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
+
 /* c [64 x N] = a b^T: a [64 x 64 panels], b [N x 64 panels] in panels of 64 columns. */
 template <int N, int panels>
 __device__ __forceinline__ void mla_multiply_rows(float *c, const unsigned char *a, int a_panel, const unsigned char *b, int b_panel)
@@ -67,6 +84,13 @@ __device__ __forceinline__ void mla_multiply_rows(float *c, const unsigned char 
 #pragma unroll
     for (int i = 0; i < 4 * panels; i++)
         kl_wgmma<N>(c, kl_operand_at(kl_operand_rows(a + i / 4 * a_panel), i % 4 * 32), kl_operand_at(kl_operand_rows(b + i / 4 * b_panel), i % 4 * 32), i > 0);
+}
+/* The same with a in registers. */
+template <int N, int panels> __device__ __forceinline__ void mla_multiply_rows(float *c, const uint32_t (*a)[4], const unsigned char *b, int b_panel)
+{
+#pragma unroll
+    for (int i = 0; i < 4 * panels; i++)
+        kl_wgmma<N>(c, a[i], kl_operand_at(kl_operand_rows(b + i / 4 * b_panel), i % 4 * 32), i > 0);
 }
 /* c [64 x N] += a b: a [64 x 16 steps] in registers, b [16 steps x N] in panels of 64 columns. */
 template <int N, int steps> __device__ __forceinline__ void mla_add_columns(float *c, const uint32_t (*a)[4], const unsigned char *b, int b_panel)
@@ -81,14 +105,6 @@ template <int steps> __device__ __forceinline__ void mla_pack(uint32_t (*a)[4], 
 #pragma unroll
     for (int i = 0; i < 4 * steps; i++)
         a[i / 4][i % 4] = kl_pack_bf16(c[2 * i], c[2 * i + 1]);
-}
-
-/* By the lanes of a warp, when all of it has read what it wanted. */
-__device__ __forceinline__ void mla_release(uint64_t *empty)
-{
-    __syncwarp();
-    if (kl_lane() == 0)
-        kl_mbar_arrive(empty);
 }
 
 /* ---- on the host ---- */
@@ -126,6 +142,15 @@ struct mla_piece {
     int64_t pe_rows, pe_stride;
 };
 mla_piece mla_piece_of(const mla_problem *p, const mla_batch &b, const mla_sequences &s, int64_t head0, const uint16_t *expanded);
+/* What every kernel reads of it. q_pe_column, pe_column: where those begin, beyond the tensor where Dr is 0; head0: of q. */
+struct mla_reads {
+    kl_tensor_map q, q_pe, k, pe, v;
+    int q_pe_column, pe_column, head0, Dn, Dr, Dv;
+    mla_sequences sequences;
+    float scale, scale_log2; /* scale log2 e */
+};
+/* queries, keys: rows of a box. */
+kl_status mla_describe(mla_reads *r, const mla_problem *p, const mla_piece &x, int queries, int keys);
 /* o [Tq, o_heads, Dv], lse [Tq, o_heads] or NULL: heads from o_head0 on. */
 kl_status mla_attend(kl_ctx *ctx, const mla_problem *p, const mla_piece &x, uint16_t *o, float *lse, int64_t o_heads, int64_t o_head0);
 

@@ -3,106 +3,120 @@
  *
  *     p_ij = 2^(c s_ij - lse2_i)      dv_j = sum_i p_ij do_i      ds_ij = p_ij (do_i . v_j - delta_i)      dk_j = scale sum_i ds_ij q_i
  *
- * One warpgroup takes the left half: S^T = K Q^T of a tile is issued together with dV += P^T dO of the tile before, under which the
- * exponentials run. The other takes the right half likewise: dP^T = V dO^T with dK += dS^T Q. P goes from the one to the other through
- * shared memory, as each thread holds it. One warp loads. */
+ * One warpgroup takes the left half, with K in registers: S^T = K Q^T of a tile is issued together with dV += P^T dO of the tile before, under
+ * which the exponentials run. The other takes the right half likewise, with V: dP^T = V dO^T with dK += dS^T Q. P goes from each warp of the one
+ * to the same warp of the other through shared memory, as each thread holds it.
+ *
+ * Two blocks, with neighbouring keys of a head, form a cluster: each loads one half of every tile of queries, for both. A block waits for all
+ * that the other sends it, so either may end first. */
 #include "mla/cuda/chunk_bwd.cuh"
 
 namespace {
 
-enum { GROUPS = 2, GROUP = 128, THREADS = (GROUPS + 1) * GROUP, COMPUTING = 240, LOADING = 24 };
-enum { QUERIES = 64, STAGES = 4, DK = MLA_DN + MLA_DR };
-enum { P_READY = 1, P_TAKEN }; /* barriers */
+enum { BLOCKS = 2 /* of a cluster */, GROUPS = 2, GROUP = 128, THREADS = (GROUPS + 1) * GROUP, COMPUTING = 232, LOADING = 40 };
+enum { KEYS = MLA_BLOCK / BLOCKS, QUERIES = 64, SHARE = QUERIES / BLOCKS, STAGES = 5, PLACES = 2 /* that P has */, DK = MLA_DN + MLA_DR };
+enum { TURN_OF_VALUES = 1, TURN_OF_KEYS }; /* barriers: who may issue products */
 
 struct arguments {
-    kl_tensor_map q, q_pe, d_o, k, pe, v;
-    int q_pe_column, pe_column;
-    mla_sequences sequences;
-    int64_t items;
-    float scale_log2, scale;
-    int head0, Dn, Dr, Dv;
-    const float2 *stats; /* [Tq, sequences.heads] lse2, delta */
+    mla_bwd_reads in;
     uint16_t *dexpanded, *dpe;
 };
 
 struct shared {
-    alignas(1024) unsigned char k[MLA_PANELS][MLA_KEY_BLOCK * 128];
-    alignas(1024) unsigned char v[MLA_V_PANELS][MLA_KEY_BLOCK * 128];
     struct {
         alignas(1024) unsigned char q[MLA_PANELS][QUERIES * 128], d_o[MLA_V_PANELS][QUERIES * 128];
-    } tile[STAGES];
-    uint4 p[QUERIES / 16][GROUP];
+    } tile[STAGES]; /* of which the first one is K and V, to begin with */
+    uint4 p[PLACES][QUERIES / 16][GROUP];
     struct {
         alignas(8) float lse2[QUERIES], delta[QUERIES];
     } stats[STAGES];
-    uint64_t k_full, k_empty, full[STAGES], empty[STAGES];
+    uint64_t full[STAGES], empty[STAGES];
+    uint64_t granted[STAGES];                              /* by the other block: its stage is empty too */
+    uint64_t p_full[PLACES][4], p_empty[PLACES][4];        /* of each warp */
 };
 static_assert(sizeof(shared) <= 232448, "a block has 227 KB");
+static_assert((int)KEYS == (int)QUERIES, "K and V take the place of Q and dO");
 static_assert(STAGES >= 3, "the next tile is waited for before the last one is released");
 
-/* Query i sees the keys up to first + i. Tiles of queries begin .. end-1 see some of the block's keys, those from `whole` on all. */
-struct stretch {
-    int first, begin, whole, end;
+/* What a block works on. Query i sees the keys up to first + i. Tiles of queries begin .. end-1 see some of the cluster's keys, those from `whole`
+ * on all of the block's. */
+struct task {
+    mla_item it;
+    int key, first, begin, whole, end;
 };
 
-__device__ __forceinline__ stretch stretch_of(const mla_item &it)
+__device__ __forceinline__ task task_of(const arguments &a, int rank)
 {
-    stretch t;
-    int key = it.block * MLA_KEY_BLOCK;
-    t.first = it.s.keys - it.s.queries;
-    t.begin = max(key - t.first, 0) / QUERIES;
-    t.whole = (max(key + MLA_KEY_BLOCK - 1 - t.first, 0) + QUERIES - 1) / QUERIES;
-    t.end = (it.s.queries + QUERIES - 1) / QUERIES;
+    task t;
+    t.it = mla_find_item<true>(a.in.sequences, blockIdx.x / BLOCKS);
+    t.key = t.it.block * MLA_BLOCK + rank * KEYS;
+    t.first = t.it.s.keys - t.it.s.queries;
+    t.begin = max(t.it.block * MLA_BLOCK - t.first, 0) / QUERIES;
+    t.end = (t.it.s.queries + QUERIES - 1) / QUERIES;
+    t.whole = min((max(t.key + KEYS - 1 - t.first, 0) + QUERIES - 1) / QUERIES, t.end);
     return t;
 }
 
-/* ---- loading: one warp ---- */
+/* ---- loading: one lane, and a warp for the statistics ---- */
 
-/* lse2 and delta of a tile's queries; of one that does not exist lse2 is infinite: it sees nothing. */
-__device__ __forceinline__ void load_stats(shared &m, const arguments &a, const mla_item &it, int tile, int stage)
+__device__ __forceinline__ void load_keys(shared &m, const arguments &a, const task &t)
 {
-    for (int i = kl_lane(); i < QUERIES; i += 32) {
-        int query = tile * QUERIES + i;
-        float2 stat = make_float2(INFINITY, 0.0f);
-        if (query < it.s.queries)
-            stat = a.stats[(it.s.q_row + query) * a.sequences.heads + it.head];
-        m.stats[stage].lse2[i] = stat.x;
-        m.stats[stage].delta[i] = stat.y;
-    }
-    kl_mbar_arrive(&m.full[stage]);
+    auto &tile = m.tile[0];
+    uint64_t *full = &m.full[0];
+    int row = (int)t.it.s.key_row + t.key;
+    kl_mbar_expect(full, sizeof tile);
+    kl_tensor_load(tile.q[0], &a.in.k, 0, t.it.head, row, full);
+    kl_tensor_load(tile.q[1], &a.in.k, 64, t.it.head, row, full);
+    kl_tensor_load(tile.q[2], &a.in.pe, a.in.pe_column, 0, (int)t.it.s.pe_row + t.key, full);
+    kl_tensor_load(tile.d_o[0], &a.in.v, 0, t.it.head, row, full);
+    kl_tensor_load(tile.d_o[1], &a.in.v, 64, t.it.head, row, full);
 }
 
-__device__ void load(shared &m, const arguments &a)
+/* This block's half of a tile of queries from q_row on, to both. The other block may fill this one's stage before it is asked to. */
+__device__ __forceinline__ void load_half(shared &m, const arguments &a, int stage, int head, int q_row, int rank, int phase)
 {
-    int n = 0, round = 0, lane = kl_lane();
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<true>(a.sequences, x);
-        stretch t = stretch_of(it);
-        int row = (int)it.s.key_row + it.block * MLA_KEY_BLOCK, head = a.head0 + it.head;
-        kl_mbar_wait(&m.k_empty, (round & 1) ^ 1);
-        if (lane == 0) {
-            kl_mbar_expect(&m.k_full, sizeof m.k + sizeof m.v);
-            kl_tensor_load(m.k[0], &a.k, 0, it.head, row, &m.k_full);
-            kl_tensor_load(m.k[1], &a.k, 64, it.head, row, &m.k_full);
-            kl_tensor_load(m.k[2], &a.pe, a.pe_column, 0, (int)it.s.pe_row + it.block * MLA_KEY_BLOCK, &m.k_full);
-            kl_tensor_load(m.v[0], &a.v, 0, it.head, row, &m.k_full);
-            kl_tensor_load(m.v[1], &a.v, 64, it.head, row, &m.k_full);
+    enum { BOTH = (1 << BLOCKS) - 1 };
+    auto &tile = m.tile[stage];
+    uint64_t *full = &m.full[stage];
+    int row = q_row + rank * SHARE, at = rank * SHARE * 128;
+    kl_mbar_expect(full, sizeof tile);
+    kl_mbar_arrive_at(&m.granted[stage], rank ^ 1);
+    kl_mbar_wait(&m.granted[stage], phase);
+    kl_tensor_load_multicast(tile.q[0] + at, &a.in.q, 0, head, row, full, BOTH);
+    kl_tensor_load_multicast(tile.q[1] + at, &a.in.q, 64, head, row, full, BOTH);
+    kl_tensor_load_multicast(tile.q[2] + at, &a.in.q_pe, a.in.q_pe_column, head, row, full, BOTH);
+    kl_tensor_load_multicast(tile.d_o[0] + at, &a.in.d_o, 0, head, row, full, BOTH);
+    kl_tensor_load_multicast(tile.d_o[1] + at, &a.in.d_o, 64, head, row, full, BOTH);
+}
+
+/* Tile n of the queries that count, from 1 on, is in stage n % STAGES. */
+__device__ void load(shared &m, const arguments &a, int rank)
+{
+    task t = task_of(a, rank);
+    load_keys(m, a, t);
+    for (int i = t.begin, n = 1; i < t.end; i++, n++) {
+        kl_mbar_wait(&m.empty[n % STAGES], (n / STAGES & 1) ^ 1);
+        load_half(m, a, n % STAGES, a.in.head0 + t.it.head, (int)t.it.s.q_row + i * QUERIES, rank, (n - 1) / STAGES & 1);
+    }
+}
+
+/* lse2 and delta of the tiles' queries; of one that does not exist lse2 is infinite: it sees nothing. */
+__device__ void load_stats(shared &m, const arguments &a, int rank)
+{
+    task t = task_of(a, rank);
+    kl_mbar_arrive(&m.full[0]);
+    for (int i = t.begin, n = 1; i < t.end; i++, n++) {
+        auto &stats = m.stats[n % STAGES];
+        kl_mbar_wait(&m.empty[n % STAGES], (n / STAGES & 1) ^ 1);
+        for (int j = kl_lane(); j < QUERIES; j += 32) {
+            int query = i * QUERIES + j;
+            float2 stat = make_float2(INFINITY, 0.0f);
+            if (query < t.it.s.queries)
+                stat = a.in.stats[(t.it.s.q_row + query) * a.in.sequences.heads + t.it.head];
+            stats.lse2[j] = stat.x;
+            stats.delta[j] = stat.y;
         }
-        for (int i = t.begin; i < t.end; i++, n++) {
-            int stage = n % STAGES, q_row = (int)it.s.q_row + i * QUERIES;
-            auto &tile = m.tile[stage];
-            uint64_t *full = &m.full[stage];
-            kl_mbar_wait(&m.empty[stage], (n / STAGES & 1) ^ 1);
-            if (lane == 0) {
-                kl_mbar_expect(full, sizeof tile);
-                kl_tensor_load(tile.q[0], &a.q, 0, head, q_row, full);
-                kl_tensor_load(tile.q[1], &a.q, 64, head, q_row, full);
-                kl_tensor_load(tile.q[2], &a.q_pe, a.q_pe_column, head, q_row, full);
-                kl_tensor_load(tile.d_o[0], &a.d_o, 0, head, q_row, full);
-                kl_tensor_load(tile.d_o[1], &a.d_o, 64, head, q_row, full);
-            }
-            load_stats(m, a, it, i, stage);
-        }
+        kl_mbar_arrive(&m.full[n % STAGES]);
     }
 }
 
@@ -110,47 +124,80 @@ __device__ void load(shared &m, const arguments &a)
 
 __device__ __forceinline__ void await_tile(shared &m, int n) { kl_mbar_wait(&m.full[n % STAGES], n / STAGES & 1); }
 
-/* Sums [64 x N] of a thread: rows (keys) g and g + 8 of its warp's 16; and the operand of the tile before. */
-template <int N> struct rows {
+/* Of a thread: sums [64 x N], rows (keys) g and g + 8 of its warp's 16; the operand of the tile before; and its keys, [64 x 64 panels]. */
+template <int N, int panels> struct rows {
     float sum[N / 2];
-    uint32_t factor[QUERIES / 16][4];
+    uint32_t factor[QUERIES / 16][4], kept[4 * panels][4];
 };
-template <int N> __device__ __forceinline__ void pin(rows<N> &r)
+using value_rows = rows<MLA_DV, MLA_PANELS>;
+using key_rows = rows<DK, MLA_V_PANELS>;
+
+template <int N, int panels> __device__ __forceinline__ void pin(rows<N, panels> &r)
 {
     kl_pin(r.sum);
     kl_pin(r.factor);
 }
-/* sum += factor b, b [queries x N]. */
-template <int N> __device__ __forceinline__ void add_queries(rows<N> &r, const unsigned char *b)
+
+/* Its keys, from the first tile, which goes on. */
+template <int N, int panels> __device__ __forceinline__ void keep(rows<N, panels> &r, shared &m, const unsigned char *from)
 {
-    mla_add_columns<N, QUERIES / 16>(r.sum, r.factor, b, QUERIES * 128);
-    kl_wgmma_commit();
+    await_tile(m, 0);
+    int row = (int)threadIdx.x / 32 % 4 * 16 + (kl_lane() & 15);
+#pragma unroll
+    for (int i = 0; i < 4 * panels; i++)
+        kl_ldmatrix4(r.kept[i], mla_piece_at(from + i / 4 * (KEYS * 128), row, i % 4 * 2 + kl_lane() / 16));
+    kl_mbar_arrive(&m.empty[0]);
+    await_tile(m, 1);
 }
-template <int N> __device__ __forceinline__ void add_last(rows<N> &r, const unsigned char *b)
+
+/* c = kept b^T of this tile, and sum += factor last of the one before, which goes on. */
+template <bool first, int N, int panels>
+__device__ __forceinline__ void begin_tile(rows<N, panels> &r, float (&c)[QUERIES / 2], const unsigned char *b, const unsigned char *last, int turn)
+{
+    kl_barrier(turn, GROUPS * GROUP);
+    kl_pin(c);
+    pin(r);
+    kl_wgmma_fence();
+    mla_multiply_rows<QUERIES, panels>(c, r.kept, b, QUERIES * 128);
+    kl_wgmma_commit();
+    if (!first) {
+        mla_add_columns<N, QUERIES / 16>(r.sum, r.factor, last, QUERIES * 128);
+        kl_wgmma_commit();
+    }
+    kl_barrier_arrive(TURN_OF_VALUES + TURN_OF_KEYS - turn, GROUPS * GROUP);
+    kl_wgmma_wait<first ? 0 : 1>();
+    kl_pin(c);
+}
+
+/* The tile before is done with. Tile n + 1, if more come, is waited for first: the compiler would else draw the products' wait further ahead. */
+template <bool first, int N, int panels> __device__ __forceinline__ void end_tile(rows<N, panels> &r, shared &m, int n, bool more)
+{
+    if (more)
+        await_tile(m, n + 1);
+    kl_wgmma_wait<0>();
+    pin(r);
+    if (!first)
+        kl_mbar_arrive(&m.empty[(n - 1) % STAGES]);
+}
+
+template <int N, int panels> __device__ __forceinline__ void add_last(rows<N, panels> &r, const unsigned char *b)
 {
     pin(r);
     kl_wgmma_fence();
-    add_queries(r, b);
+    mla_add_columns<N, QUERIES / 16>(r.sum, r.factor, b, QUERIES * 128);
+    kl_wgmma_commit();
     kl_wgmma_wait<0>();
     pin(r);
 }
 
 /* P^T of tile n, which has come, and dV of the tile before. least: the first query, counted from the tile's first, that sees key g of the warp. */
-template <bool first, bool hidden> __device__ __forceinline__ void value_step(rows<MLA_DV> &r, shared &m, int n, bool more, int least, float c)
+template <bool first, bool hidden> __device__ __forceinline__ void value_step(value_rows &r, shared &m, int n, bool more, int least, float c)
 {
-    auto &tile = m.tile[n % STAGES];
     const float *stats = m.stats[n % STAGES].lse2;
-    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP;
+    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP, use = n - 1, place = use % PLACES;
     float s[QUERIES / 2] = {};
-    kl_pin(s);
-    pin(r);
-    kl_wgmma_fence();
-    mla_multiply_rows<QUERIES, MLA_PANELS>(s, m.k[0], sizeof m.k[0], tile.q[0], sizeof tile.q[0]);
-    kl_wgmma_commit();
-    if (!first)
-        add_queries(r, m.tile[(n - 1) % STAGES].d_o[0]);
-    kl_wgmma_wait<first ? 0 : 1>();
-    kl_pin(s);
+    uint4(*p)[GROUP] = m.p[place];
+    begin_tile<first>(r, s, m.tile[n % STAGES].q[0], m.tile[(n + STAGES - 1) % STAGES].d_o[0], TURN_OF_VALUES);
 #pragma unroll
     for (int j = 0; j < QUERIES / 8; j++) {
         float2 lse2 = *(const float2 *)(stats + 8 * j + column);
@@ -163,40 +210,31 @@ template <bool first, bool hidden> __device__ __forceinline__ void value_step(ro
         }
     }
     kl_pin(s);
-    if (more)
-        await_tile(m, n + 1);
-    kl_wgmma_wait<0>();
-    pin(r);
-    if (!first)
-        mla_release(&m.empty[(n - 1) % STAGES]);
-    mla_pack<QUERIES / 16>(r.factor, s);
-    kl_barrier(P_TAKEN, GROUPS * GROUP);
+    kl_mbar_wait(&m.p_empty[place][thread / 32], (use / PLACES & 1) ^ 1);
 #pragma unroll
     for (int i = 0; i < QUERIES / 16; i++)
-        m.p[i][thread] = make_uint4(r.factor[i][0], r.factor[i][1], r.factor[i][2], r.factor[i][3]);
-    kl_barrier_arrive(P_READY, GROUPS * GROUP);
+        p[i][thread] = make_uint4(kl_pack_bf16(s[8 * i], s[8 * i + 1]), kl_pack_bf16(s[8 * i + 2], s[8 * i + 3]), kl_pack_bf16(s[8 * i + 4], s[8 * i + 5]),
+                                  kl_pack_bf16(s[8 * i + 6], s[8 * i + 7]));
+    kl_mbar_arrive(&m.p_full[place][thread / 32]);
+    end_tile<first>(r, m, n, more);
+#pragma unroll
+    for (int i = 0; i < QUERIES / 16; i++) { /* not sooner: the product that reads the last ones was under way */
+        uint4 x = p[i][thread];
+        r.factor[i][0] = x.x, r.factor[i][1] = x.y, r.factor[i][2] = x.z, r.factor[i][3] = x.w;
+    }
 }
 
 /* dS^T of tile n, which has come, and dK of the tile before. */
-template <bool first> __device__ __forceinline__ void key_step(rows<DK> &r, shared &m, int n, bool more)
+template <bool first> __device__ __forceinline__ void key_step(key_rows &r, shared &m, int n, bool more)
 {
-    auto &tile = m.tile[n % STAGES];
     const float *stats = m.stats[n % STAGES].delta;
-    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP;
+    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP, use = n - 1, place = use % PLACES;
     float dp[QUERIES / 2] = {};
-    kl_pin(dp);
-    pin(r);
-    kl_wgmma_fence();
-    mla_multiply_rows<QUERIES, MLA_V_PANELS>(dp, m.v[0], sizeof m.v[0], tile.d_o[0], sizeof tile.d_o[0]);
-    kl_wgmma_commit();
-    if (!first)
-        add_queries(r, m.tile[(n - 1) % STAGES].q[0]);
-    kl_wgmma_wait<first ? 0 : 1>();
-    kl_pin(dp);
-    kl_barrier(P_READY, GROUPS * GROUP);
+    begin_tile<first>(r, dp, m.tile[n % STAGES].d_o[0], m.tile[(n + STAGES - 1) % STAGES].q[0], TURN_OF_KEYS);
+    kl_mbar_wait(&m.p_full[place][thread / 32], use / PLACES & 1);
 #pragma unroll
     for (int i = 0; i < QUERIES / 16; i++) {
-        uint4 p = m.p[i][thread];
+        uint4 p = m.p[place][i][thread];
         const uint32_t pair[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -207,13 +245,8 @@ template <bool first> __device__ __forceinline__ void key_step(rows<DK> &r, shar
         }
     }
     kl_pin(dp);
-    kl_barrier_arrive(P_TAKEN, GROUPS * GROUP);
-    if (more)
-        await_tile(m, n + 1);
-    kl_wgmma_wait<0>();
-    pin(r);
-    if (!first)
-        mla_release(&m.empty[(n - 1) % STAGES]);
+    kl_mbar_arrive(&m.p_empty[place][thread / 32]);
+    end_tile<first>(r, m, n, more);
     mla_pack<QUERIES / 16>(r.factor, dp);
 }
 
@@ -227,59 +260,44 @@ template <int count> __device__ __forceinline__ void store(uint16_t *row, const 
             *(uint32_t *)(row + 8 * j + column) = kl_pack_bf16(c[4 * j] * scale, c[4 * j + 1] * scale);
 }
 
-__device__ __forceinline__ void compute_values(shared &m, const arguments &a)
+__device__ __forceinline__ void compute_values(shared &m, const arguments &a, int rank)
 {
-    int n = 0, round = 0, row = (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<true>(a.sequences, x);
-        stretch t = stretch_of(it);
-        rows<MLA_DV> r = {};
-        int i = t.begin, key = it.block * MLA_KEY_BLOCK + row;
-        kl_mbar_wait(&m.k_full, round & 1);
-        await_tile(m, n);
-        value_step<true, true>(r, m, n, i + 1 < t.end, key - t.first - i * QUERIES, a.scale_log2);
-        n++;
-        for (i++; i < min(t.whole, t.end); i++, n++)
-            value_step<false, true>(r, m, n, i + 1 < t.end, key - t.first - i * QUERIES, a.scale_log2);
-        for (; i < t.end; i++, n++)
-            value_step<false, false>(r, m, n, i + 1 < t.end, 0, a.scale_log2);
-        add_last(r, m.tile[(n - 1) % STAGES].d_o[0]);
-        mla_release(&m.empty[(n - 1) % STAGES]);
-        mla_release(&m.k_empty);
+    task t = task_of(a, rank);
+    value_rows r = {};
+    int i = t.begin, n = 1, key = t.key + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    float c = a.in.scale_log2;
+    keep(r, m, m.tile[0].q[0]);
+    value_step<true, true>(r, m, n, i + 1 < t.end, key - t.first - i * QUERIES, c);
+    for (i++, n++; i < t.whole; i++, n++)
+        value_step<false, true>(r, m, n, i + 1 < t.end, key - t.first - i * QUERIES, c);
+    for (; i < t.end; i++, n++)
+        value_step<false, false>(r, m, n, i + 1 < t.end, 0, c);
+    add_last(r, m.tile[(n - 1) % STAGES].d_o[0]);
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-            if (key + 8 * h < it.s.keys)
-                store<MLA_DV / 8>(a.dexpanded + ((it.s.key_row + key + 8 * h) * a.sequences.heads + it.head) * (a.Dn + a.Dv) + a.Dn, r.sum + 2 * h, a.Dv, 1.0f);
-    }
+    for (int h = 0; h < 2; h++)
+        if (key + 8 * h < t.it.s.keys)
+            store<MLA_DV / 8>(a.dexpanded + ((t.it.s.key_row + key + 8 * h) * a.in.sequences.heads + t.it.head) * (a.in.Dn + a.in.Dv) + a.in.Dn, r.sum + 2 * h, a.in.Dv,
+                              1.0f);
 }
 
-__device__ __forceinline__ void compute_keys(shared &m, const arguments &a)
+__device__ __forceinline__ void compute_keys(shared &m, const arguments &a, int rank)
 {
-    int n = 0, round = 0, row = (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
-    kl_barrier_arrive(P_TAKEN, GROUPS * GROUP);
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<true>(a.sequences, x);
-        stretch t = stretch_of(it);
-        rows<DK> r = {};
-        kl_mbar_wait(&m.k_full, round & 1);
-        await_tile(m, n);
-        int i = t.begin;
-        key_step<true>(r, m, n, i + 1 < t.end);
-        n++;
-        for (i++; i < t.end; i++, n++)
-            key_step<false>(r, m, n, i + 1 < t.end);
-        add_last(r, m.tile[(n - 1) % STAGES].q[0]);
-        mla_release(&m.empty[(n - 1) % STAGES]);
-        mla_release(&m.k_empty);
-        int key = it.block * MLA_KEY_BLOCK + row;
+    task t = task_of(a, rank);
+    key_rows r = {};
+    int i = t.begin, n = 1, key = t.key + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    kl_barrier_arrive(TURN_OF_VALUES, GROUPS * GROUP);
+    keep(r, m, m.tile[0].d_o[0]);
+    key_step<true>(r, m, n, i + 1 < t.end);
+    for (i++, n++; i < t.end; i++, n++)
+        key_step<false>(r, m, n, i + 1 < t.end);
+    add_last(r, m.tile[(n - 1) % STAGES].q[0]);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (key + 8 * h >= it.s.keys)
-                continue;
-            int64_t at = (it.s.key_row + key + 8 * h) * a.sequences.heads + it.head;
-            store<MLA_DN / 8>(a.dexpanded + at * (a.Dn + a.Dv), r.sum + 2 * h, a.Dn, a.scale);
-            store<MLA_DR / 8>(a.dpe + at * a.Dr, r.sum + MLA_DN / 2 + 2 * h, a.Dr, a.scale);
-        }
+    for (int h = 0; h < 2; h++) {
+        if (key + 8 * h >= t.it.s.keys)
+            continue;
+        int64_t at = (t.it.s.key_row + key + 8 * h) * a.in.sequences.heads + t.it.head;
+        store<MLA_DN / 8>(a.dexpanded + at * (a.in.Dn + a.in.Dv), r.sum + 2 * h, a.in.Dn, a.in.scale);
+        store<MLA_DR / 8>(a.dpe + at * a.in.Dr, r.sum + MLA_DN / 2 + 2 * h, a.in.Dr, a.in.scale);
     }
 }
 
@@ -287,27 +305,33 @@ __global__ void __launch_bounds__(THREADS, 1) key_gradients(const __grid_constan
 {
     KL_SHARED(memory);
     shared &m = *(shared *)memory;
-    int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0);
+    int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0), rank = kl_cluster_rank();
     if (threadIdx.x == 0) {
-        kl_mbar_init(&m.k_full, 1);
-        kl_mbar_init(&m.k_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
             kl_mbar_init(&m.full[i], 1 + 32);
-            kl_mbar_init(&m.empty[i], GROUPS * 4);
+            kl_mbar_init(&m.empty[i], GROUPS * GROUP);
+            kl_mbar_init(&m.granted[i], 1);
+        }
+        for (int i = 0; i < PLACES * 4; i++) {
+            kl_mbar_init(&m.p_full[i / 4][i % 4], 32);
+            kl_mbar_init(&m.p_empty[i / 4][i % 4], 32);
         }
         kl_mbar_init_fence();
     }
-    __syncthreads();
+    kl_cluster_sync();
     if (group == GROUPS) {
         kl_registers_fewer<LOADING>();
-        if (threadIdx.x < GROUPS * GROUP + 32)
-            load(m, a);
+        int warp = (int)threadIdx.x / 32 - GROUPS * GROUP / 32;
+        if (warp == 0 && kl_lane() == 0)
+            load(m, a, rank);
+        if (warp == 1)
+            load_stats(m, a, rank);
     } else {
         kl_registers_more<COMPUTING>();
         if (group == 0)
-            compute_values(m, a);
+            compute_values(m, a, rank);
         else
-            compute_keys(m, a);
+            compute_keys(m, a, rank);
     }
 }
 
@@ -315,29 +339,15 @@ __global__ void __launch_bounds__(THREADS, 1) key_gradients(const __grid_constan
 
 kl_status mla_key_gradients(kl_ctx *ctx, const mla_problem *p, const mla_piece &x, const uint16_t *d_o, const float2 *stats, uint16_t *dexpanded, uint16_t *dpe)
 {
+    kl_range range("mla dk dv");
     arguments a = {};
-    int64_t tokens = p->cu_q[p->N], head = p->Dn + p->Dr, expanded = p->Dn + p->Dv, stride = mla_q_stride(p);
-    KL_TRY(mla_map_heads(&a.q, "q", p->q, tokens, stride, p->H, head, 0, p->Dn, QUERIES));
-    KL_TRY(mla_map_heads(&a.q_pe, "q", p->q, tokens, stride, p->H, head, p->Dn, p->Dr, QUERIES));
-    KL_TRY(mla_map_heads(&a.d_o, "d_o", d_o, tokens, p->H * p->Dv, p->H, p->Dv, 0, p->Dv, QUERIES));
-    KL_TRY(mla_map_heads(&a.k, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, 0, p->Dn, MLA_KEY_BLOCK));
-    KL_TRY(mla_map_heads(&a.v, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, p->Dn, p->Dv, MLA_KEY_BLOCK));
-    KL_TRY(mla_map_heads(&a.pe, "workspace", x.pe, x.pe_rows, x.pe_stride, 1, x.pe_stride, 0, p->Dr, MLA_KEY_BLOCK));
-    a.q_pe_column = a.pe_column = p->Dr ? 0 : 64;
-    a.sequences = x.sequences;
-    a.items = x.sequences.key_blocks * x.heads;
-    a.scale = mla_scale(p);
-    a.scale_log2 = a.scale * 1.44269504f;
-    a.head0 = (int)x.head0;
-    a.Dn = (int)p->Dn;
-    a.Dr = (int)p->Dr;
-    a.Dv = (int)p->Dv;
-    a.stats = stats;
+    KL_TRY(mla_describe_bwd(&a.in, p, x, d_o, stats, SHARE, KEYS));
     a.dexpanded = dexpanded;
     a.dpe = dpe;
     kl_grid g;
     g.threads = THREADS;
     g.shared = sizeof(shared);
-    g.x = a.items;
+    g.cluster = BLOCKS;
+    g.x = (int64_t)x.sequences.key_blocks * x.heads * BLOCKS;
     return kl_launch(ctx, "mla chunk_bwd_kv", g, key_gradients, a);
 }

@@ -12,13 +12,7 @@ enum { GROUPS = 2, GROUP = 128, THREADS = (GROUPS + 1) * GROUP, COMPUTING = 240,
 enum { KEYS = 64, STAGES = 3, DQ = MLA_DN + MLA_DR };
 
 struct arguments {
-    kl_tensor_map q, q_pe, d_o, k, pe, v;
-    int q_pe_column, pe_column;
-    mla_sequences sequences;
-    int64_t items;
-    float scale_log2, scale;
-    int head0, Dn, Dr;
-    const float2 *stats; /* [Tq, sequences.heads] lse2, delta */
+    mla_bwd_reads in;
     uint16_t *dq;
     int64_t dq_stride;
 };
@@ -29,51 +23,33 @@ struct shared {
     struct {
         alignas(1024) unsigned char k[MLA_PANELS][KEYS * 128], v[MLA_V_PANELS][KEYS * 128];
     } tile[STAGES];
-    uint64_t q_full, q_empty, full[STAGES], empty[STAGES];
+    uint64_t q_full, full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(shared) <= 232448, "a block has 227 KB");
 static_assert(STAGES >= 3, "the next tile is waited for before the last one is released");
 
-struct stretch {
-    int first, rows, tiles, whole; /* query i sees the keys up to first + i; tiles that anyone sees, that all see entirely */
-};
-
-__device__ __forceinline__ stretch stretch_of(const mla_item &it)
-{
-    stretch t;
-    t.first = it.s.keys - it.s.queries + it.block * MLA_BLOCK;
-    t.rows = min((int)MLA_BLOCK, it.s.queries - it.block * MLA_BLOCK);
-    t.tiles = (t.first + t.rows + KEYS - 1) / KEYS;
-    t.whole = (t.first + 1) / KEYS;
-    return t;
-}
-
 __device__ void load(shared &m, const arguments &a)
 {
-    int n = 0, round = 0;
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<false>(a.sequences, x);
-        stretch t = stretch_of(it);
-        int q_row = (int)it.s.q_row + it.block * MLA_BLOCK, head = a.head0 + it.head;
-        kl_mbar_wait(&m.q_empty, (round & 1) ^ 1);
-        kl_mbar_expect(&m.q_full, sizeof m.q + sizeof m.d_o);
-        kl_tensor_load(m.q[0], &a.q, 0, head, q_row, &m.q_full);
-        kl_tensor_load(m.q[1], &a.q, 64, head, q_row, &m.q_full);
-        kl_tensor_load(m.q[2], &a.q_pe, a.q_pe_column, head, q_row, &m.q_full);
-        kl_tensor_load(m.d_o[0], &a.d_o, 0, head, q_row, &m.q_full);
-        kl_tensor_load(m.d_o[1], &a.d_o, 64, head, q_row, &m.q_full);
-        for (int j = t.tiles - 1; j >= 0; j--, n++) {
-            auto &tile = m.tile[n % STAGES];
-            uint64_t *full = &m.full[n % STAGES];
-            int row = (int)it.s.key_row + j * KEYS;
-            kl_mbar_wait(&m.empty[n % STAGES], (n / STAGES & 1) ^ 1);
-            kl_mbar_expect(full, sizeof tile);
-            kl_tensor_load(tile.k[0], &a.k, 0, it.head, row, full);
-            kl_tensor_load(tile.k[1], &a.k, 64, it.head, row, full);
-            kl_tensor_load(tile.k[2], &a.pe, a.pe_column, 0, (int)it.s.pe_row + j * KEYS, full);
-            kl_tensor_load(tile.v[0], &a.v, 0, it.head, row, full);
-            kl_tensor_load(tile.v[1], &a.v, 64, it.head, row, full);
-        }
+    mla_item it = mla_find_item<false>(a.in.sequences, blockIdx.x);
+    mla_stretch t = mla_stretch_of<KEYS>(it);
+    int q_row = (int)it.s.q_row + it.block * MLA_BLOCK, head = a.in.head0 + it.head;
+    kl_mbar_expect(&m.q_full, sizeof m.q + sizeof m.d_o);
+    kl_tensor_load(m.q[0], &a.in.q, 0, head, q_row, &m.q_full);
+    kl_tensor_load(m.q[1], &a.in.q, 64, head, q_row, &m.q_full);
+    kl_tensor_load(m.q[2], &a.in.q_pe, a.in.q_pe_column, head, q_row, &m.q_full);
+    kl_tensor_load(m.d_o[0], &a.in.d_o, 0, head, q_row, &m.q_full);
+    kl_tensor_load(m.d_o[1], &a.in.d_o, 64, head, q_row, &m.q_full);
+    for (int j = t.tiles - 1, n = 0; j >= 0; j--, n++) {
+        auto &tile = m.tile[n % STAGES];
+        uint64_t *full = &m.full[n % STAGES];
+        int row = (int)it.s.key_row + j * KEYS;
+        kl_mbar_wait(&m.empty[n % STAGES], (n / STAGES & 1) ^ 1);
+        kl_mbar_expect(full, sizeof tile);
+        kl_tensor_load(tile.k[0], &a.in.k, 0, it.head, row, full);
+        kl_tensor_load(tile.k[1], &a.in.k, 64, it.head, row, full);
+        kl_tensor_load(tile.k[2], &a.in.pe, a.in.pe_column, 0, (int)it.s.pe_row + j * KEYS, full);
+        kl_tensor_load(tile.v[0], &a.in.v, 0, it.head, row, full);
+        kl_tensor_load(tile.v[1], &a.in.v, 64, it.head, row, full);
     }
 }
 
@@ -130,7 +106,7 @@ template <bool first, bool hidden> __device__ __forceinline__ void step(rows &r,
     kl_pin(r.ds);
     kl_pin(r.dq);
     if (!first)
-        mla_release(&m.empty[(n - 1) % STAGES]);
+        kl_mbar_arrive(&m.empty[(n - 1) % STAGES]);
     mla_pack<KEYS / 16>(r.ds, dp);
 }
 
@@ -138,53 +114,48 @@ __device__ __forceinline__ void finish(const rows &r, const arguments &a, const 
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int i = row + 8 * h, width = a.Dn + a.Dr;
+        int i = row + 8 * h, width = a.in.Dn + a.in.Dr;
         if (i >= count)
             continue;
-        uint16_t *dq = a.dq + (it.s.q_row + it.block * MLA_BLOCK + i) * a.dq_stride + (int64_t)(a.head0 + it.head) * width + 2 * (kl_lane() & 3);
+        uint16_t *dq = a.dq + (it.s.q_row + it.block * MLA_BLOCK + i) * a.dq_stride + (int64_t)(a.in.head0 + it.head) * width + 2 * (kl_lane() & 3);
 #pragma unroll
         for (int j = 0; j < DQ / 8; j++) {
-            int within = 8 * j < MLA_DN ? 8 * j : 8 * j - MLA_DN, part = 8 * j < MLA_DN ? a.Dn : a.Dr;
+            int within = 8 * j < MLA_DN ? 8 * j : 8 * j - MLA_DN, part = 8 * j < MLA_DN ? a.in.Dn : a.in.Dr;
             if (within < part)
-                *(uint32_t *)(dq + (8 * j < MLA_DN ? within : a.Dn + within)) =
-                    kl_pack_bf16(r.dq[4 * j + 2 * h] * a.scale, r.dq[4 * j + 2 * h + 1] * a.scale);
+                *(uint32_t *)(dq + (8 * j < MLA_DN ? within : a.in.Dn + within)) =
+                    kl_pack_bf16(r.dq[4 * j + 2 * h] * a.in.scale, r.dq[4 * j + 2 * h + 1] * a.in.scale);
         }
     }
 }
 
 __device__ __forceinline__ void compute(shared &m, const arguments &a, int group)
 {
-    int n = 0, round = 0, row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<false>(a.sequences, x);
-        stretch t = stretch_of(it);
-        rows r = {};
-        for (int h = 0; h < 2; h++) {
-            float2 stat = {};
-            if (row + 8 * h < t.rows)
-                stat = a.stats[(it.s.q_row + it.block * MLA_BLOCK + row + 8 * h) * a.sequences.heads + it.head];
-            r.lse2[h] = stat.x;
-            r.delta[h] = stat.y;
-        }
-        kl_mbar_wait(&m.q_full, round & 1);
-        await_tile(m, n);
-        int j = t.tiles - 1;
-        step<true, true>(r, m, group, n, j > 0, t.first + row - j * KEYS, a.scale_log2);
-        n++;
-        for (j--; j >= t.whole; j--, n++)
-            step<false, true>(r, m, group, n, j > 0, t.first + row - j * KEYS, a.scale_log2);
-        for (; j >= 0; j--, n++)
-            step<false, false>(r, m, group, n, j > 0, 0, a.scale_log2);
-        kl_pin(r.ds);
-        kl_pin(r.dq);
-        kl_wgmma_fence();
-        add_keys(r, m, n - 1);
-        kl_wgmma_wait<0>();
-        kl_pin(r.dq);
-        mla_release(&m.empty[(n - 1) % STAGES]);
-        mla_release(&m.q_empty);
-        finish(r, a, it, row, t.rows);
+    mla_item it = mla_find_item<false>(a.in.sequences, blockIdx.x);
+    mla_stretch t = mla_stretch_of<KEYS>(it);
+    int n = 0, j = t.tiles - 1, row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    float c = a.in.scale_log2;
+    rows r = {};
+    for (int h = 0; h < 2; h++) {
+        float2 stat = {};
+        if (row + 8 * h < t.rows)
+            stat = a.in.stats[(it.s.q_row + it.block * MLA_BLOCK + row + 8 * h) * a.in.sequences.heads + it.head];
+        r.lse2[h] = stat.x;
+        r.delta[h] = stat.y;
     }
+    kl_mbar_wait(&m.q_full, 0);
+    await_tile(m, 0);
+    step<true, true>(r, m, group, n, j > 0, t.first + row - j * KEYS, c);
+    for (j--, n++; j >= t.whole; j--, n++)
+        step<false, true>(r, m, group, n, j > 0, t.first + row - j * KEYS, c);
+    for (; j >= 0; j--, n++)
+        step<false, false>(r, m, group, n, j > 0, 0, c);
+    kl_pin(r.ds);
+    kl_pin(r.dq);
+    kl_wgmma_fence();
+    add_keys(r, m, n - 1);
+    kl_wgmma_wait<0>();
+    kl_pin(r.dq);
+    finish(r, a, it, row, t.rows);
 }
 
 __global__ void __launch_bounds__(THREADS, 1) query_gradients(const __grid_constant__ arguments a)
@@ -194,10 +165,9 @@ __global__ void __launch_bounds__(THREADS, 1) query_gradients(const __grid_const
     int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0);
     if (threadIdx.x == 0) {
         kl_mbar_init(&m.q_full, 1);
-        kl_mbar_init(&m.q_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
             kl_mbar_init(&m.full[i], 1);
-            kl_mbar_init(&m.empty[i], GROUPS * 4);
+            kl_mbar_init(&m.empty[i], GROUPS * GROUP);
         }
         kl_mbar_init_fence();
     }
@@ -216,28 +186,14 @@ __global__ void __launch_bounds__(THREADS, 1) query_gradients(const __grid_const
 
 kl_status mla_query_gradients(kl_ctx *ctx, const mla_problem *p, const mla_piece &x, const uint16_t *d_o, const float2 *stats, uint16_t *dq)
 {
+    kl_range range("mla dq");
     arguments a = {};
-    int64_t tokens = p->cu_q[p->N], head = p->Dn + p->Dr, expanded = p->Dn + p->Dv, stride = mla_q_stride(p);
-    KL_TRY(mla_map_heads(&a.q, "q", p->q, tokens, stride, p->H, head, 0, p->Dn, MLA_BLOCK));
-    KL_TRY(mla_map_heads(&a.q_pe, "q", p->q, tokens, stride, p->H, head, p->Dn, p->Dr, MLA_BLOCK));
-    KL_TRY(mla_map_heads(&a.d_o, "d_o", d_o, tokens, p->H * p->Dv, p->H, p->Dv, 0, p->Dv, MLA_BLOCK));
-    KL_TRY(mla_map_heads(&a.k, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, 0, p->Dn, KEYS));
-    KL_TRY(mla_map_heads(&a.v, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, p->Dn, p->Dv, KEYS));
-    KL_TRY(mla_map_heads(&a.pe, "workspace", x.pe, x.pe_rows, x.pe_stride, 1, x.pe_stride, 0, p->Dr, KEYS));
-    a.q_pe_column = a.pe_column = p->Dr ? 0 : 64;
-    a.sequences = x.sequences;
-    a.items = x.sequences.blocks * x.heads;
-    a.scale = mla_scale(p);
-    a.scale_log2 = a.scale * 1.44269504f;
-    a.head0 = (int)x.head0;
-    a.Dn = (int)p->Dn;
-    a.Dr = (int)p->Dr;
-    a.stats = stats;
+    KL_TRY(mla_describe_bwd(&a.in, p, x, d_o, stats, MLA_BLOCK, KEYS));
     a.dq = dq;
-    a.dq_stride = stride;
+    a.dq_stride = mla_q_stride(p);
     kl_grid g;
     g.threads = THREADS;
     g.shared = sizeof(shared);
-    g.x = a.items;
+    g.x = (int64_t)x.sequences.blocks * x.heads;
     return kl_launch(ctx, "mla chunk_bwd_q", g, query_gradients, a);
 }

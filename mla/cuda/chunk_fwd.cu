@@ -6,7 +6,7 @@
  *
  * A block: one warp loads, two warpgroups compute, each 64 of the 128 queries.
  *
- *     loader     wait q_empty; load Q            per tile: wait k_empty, load K; wait v_empty, load V
+ *     loader     load Q                          per tile: wait k_empty, load K; wait v_empty, load V
  *     computing  S = Q K^T of a tile and O += P V of the tile before are issued together, in turns of the two warpgroups: while one computes
  *                its exponentials the other's products run. */
 #include "mla/cuda/chunk.cuh"
@@ -18,12 +18,7 @@ enum { KEYS = 128, STAGES = 2, TURN = 1 /* barriers TURN, TURN + 1 */ };
 enum { BUDGET_MEGABYTES = 1024 };
 
 struct arguments {
-    kl_tensor_map q, q_pe, k, pe, v;
-    int q_pe_column, pe_column; /* beyond the tensor where Dr is 0 */
-    mla_sequences sequences;
-    int64_t items;
-    float scale; /* c */
-    int head0, Dv; /* first head in q */
+    mla_reads in;
     int64_t o_heads, o_head0;
     uint16_t *o;
     float *lse;
@@ -33,51 +28,32 @@ struct shared {
     alignas(1024) unsigned char q[MLA_PANELS][MLA_BLOCK * 128];
     alignas(1024) unsigned char k[STAGES][MLA_PANELS][KEYS * 128];
     alignas(1024) unsigned char v[STAGES][MLA_V_PANELS][KEYS * 128];
-    uint64_t q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    uint64_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 static_assert(sizeof(shared) <= 232448, "a block has 227 KB");
-
-/* Where a block's queries stand among its keys: query i sees the keys up to first + i. */
-struct stretch {
-    int first, rows, tiles, whole; /* tiles: that anyone sees; whole: that all see entirely */
-};
-
-__device__ __forceinline__ stretch stretch_of(const mla_item &it)
-{
-    stretch t;
-    t.first = it.s.keys - it.s.queries + it.block * MLA_BLOCK;
-    t.rows = min((int)MLA_BLOCK, it.s.queries - it.block * MLA_BLOCK);
-    t.tiles = (t.first + t.rows + KEYS - 1) / KEYS;
-    t.whole = (t.first + 1) / KEYS;
-    return t;
-}
 
 /* ---- loading: one lane ---- */
 
 __device__ void load(shared &m, const arguments &a)
 {
-    int n = 0, round = 0;
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<false>(a.sequences, x);
-        stretch t = stretch_of(it);
-        int q_row = (int)it.s.q_row + it.block * MLA_BLOCK, head = a.head0 + it.head;
-        kl_mbar_wait(&m.q_empty, (round & 1) ^ 1);
-        kl_mbar_expect(&m.q_full, sizeof m.q);
-        kl_tensor_load(m.q[0], &a.q, 0, head, q_row, &m.q_full);
-        kl_tensor_load(m.q[1], &a.q, 64, head, q_row, &m.q_full);
-        kl_tensor_load(m.q[2], &a.q_pe, a.q_pe_column, head, q_row, &m.q_full);
-        for (int j = t.tiles - 1; j >= 0; j--, n++) {
-            int i = n % STAGES, phase = (n / STAGES & 1) ^ 1, row = (int)it.s.key_row + j * KEYS;
-            kl_mbar_wait(&m.k_empty[i], phase);
-            kl_mbar_expect(&m.k_full[i], sizeof m.k[i]);
-            kl_tensor_load(m.k[i][0], &a.k, 0, it.head, row, &m.k_full[i]);
-            kl_tensor_load(m.k[i][1], &a.k, 64, it.head, row, &m.k_full[i]);
-            kl_tensor_load(m.k[i][2], &a.pe, a.pe_column, 0, (int)it.s.pe_row + j * KEYS, &m.k_full[i]);
-            kl_mbar_wait(&m.v_empty[i], phase);
-            kl_mbar_expect(&m.v_full[i], sizeof m.v[i]);
-            kl_tensor_load(m.v[i][0], &a.v, 0, it.head, row, &m.v_full[i]);
-            kl_tensor_load(m.v[i][1], &a.v, 64, it.head, row, &m.v_full[i]);
-        }
+    mla_item it = mla_find_item<false>(a.in.sequences, blockIdx.x);
+    mla_stretch t = mla_stretch_of<KEYS>(it);
+    int q_row = (int)it.s.q_row + it.block * MLA_BLOCK, head = a.in.head0 + it.head;
+    kl_mbar_expect(&m.q_full, sizeof m.q);
+    kl_tensor_load(m.q[0], &a.in.q, 0, head, q_row, &m.q_full);
+    kl_tensor_load(m.q[1], &a.in.q, 64, head, q_row, &m.q_full);
+    kl_tensor_load(m.q[2], &a.in.q_pe, a.in.q_pe_column, head, q_row, &m.q_full);
+    for (int j = t.tiles - 1, n = 0; j >= 0; j--, n++) {
+        int i = n % STAGES, phase = (n / STAGES & 1) ^ 1, row = (int)it.s.key_row + j * KEYS;
+        kl_mbar_wait(&m.k_empty[i], phase);
+        kl_mbar_expect(&m.k_full[i], sizeof m.k[i]);
+        kl_tensor_load(m.k[i][0], &a.in.k, 0, it.head, row, &m.k_full[i]);
+        kl_tensor_load(m.k[i][1], &a.in.k, 64, it.head, row, &m.k_full[i]);
+        kl_tensor_load(m.k[i][2], &a.in.pe, a.in.pe_column, 0, (int)it.s.pe_row + j * KEYS, &m.k_full[i]);
+        kl_mbar_wait(&m.v_empty[i], phase);
+        kl_mbar_expect(&m.v_full[i], sizeof m.v[i]);
+        kl_tensor_load(m.v[i][0], &a.in.v, 0, it.head, row, &m.v_full[i]);
+        kl_tensor_load(m.v[i][1], &a.in.v, 64, it.head, row, &m.v_full[i]);
     }
 }
 
@@ -152,7 +128,7 @@ template <bool hidden> __device__ __forceinline__ void step(rows &r, shared &m, 
     kl_barrier_arrive(TURN + (group ^ 1), GROUPS * GROUP);
     kl_wgmma_wait<1>();
     kl_pin(s);
-    mla_release(&m.k_empty[i]);
+    kl_mbar_arrive(&m.k_empty[i]);
     if (hidden)
         hide(s, last);
     soften<hidden>(r, s, f, c);
@@ -162,7 +138,7 @@ template <bool hidden> __device__ __forceinline__ void step(rows &r, shared &m, 
     kl_wgmma_wait<0>();
     kl_pin(r.p);
     kl_pin(r.o);
-    mla_release(&m.v_empty[before]);
+    kl_mbar_arrive(&m.v_empty[before]);
     scale_sums(r, f);
     mla_pack<KEYS / 16>(r.p, s);
 }
@@ -181,58 +157,52 @@ __device__ __forceinline__ void finish(const rows &r, const arguments &a, const 
             continue;
         int64_t at = (it.s.q_row + it.block * MLA_BLOCK + i) * a.o_heads + a.o_head0 + it.head;
         float inverse = 1.0f / l;
-        uint16_t *o = a.o + at * a.Dv + 2 * (lane & 3);
+        uint16_t *o = a.o + at * a.in.Dv + 2 * (lane & 3);
 #pragma unroll
         for (int j = 0; j < MLA_DV / 8; j++)
-            if (8 * j < a.Dv)
+            if (8 * j < a.in.Dv)
                 *(uint32_t *)(o + 8 * j) = kl_pack_bf16(r.o[4 * j + 2 * h] * inverse, r.o[4 * j + 2 * h + 1] * inverse);
         if (a.lse && (lane & 3) == 0)
-            a.lse[at] = (a.scale * r.m[h] + kl_log2(l)) * 0.693147181f;
+            a.lse[at] = (a.in.scale_log2 * r.m[h] + kl_log2(l)) * 0.693147181f;
     }
 }
 
 __device__ __forceinline__ void compute(shared &m, const arguments &a, int group)
 {
-    int n = 0, round = 0, row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    mla_item it = mla_find_item<false>(a.in.sequences, blockIdx.x);
+    mla_stretch t = mla_stretch_of<KEYS>(it);
+    int n = 0, j = t.tiles - 1, row = group * 64 + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    float s[KEYS / 2] = {}, f[2], c = a.in.scale_log2;
+    rows r = {};
+    r.m[0] = r.m[1] = -INFINITY;
     if (group == 1)
         kl_barrier_arrive(TURN, GROUPS * GROUP);
-    for (int64_t x = blockIdx.x; x < a.items; x += gridDim.x, round++) {
-        mla_item it = mla_find_item<false>(a.sequences, x);
-        stretch t = stretch_of(it);
-        rows r = {};
-        float s[KEYS / 2] = {}, f[2];
-        r.m[0] = r.m[1] = -INFINITY;
-        int j = t.tiles - 1;
-        kl_mbar_wait(&m.q_full, round & 1);
-        await_keys(m, n);
-        kl_pin(s);
-        kl_wgmma_fence();
-        mla_multiply_rows<KEYS, MLA_PANELS>(s, m.q[0] + group * 64 * 128, sizeof m.q[0], m.k[n % STAGES][0], sizeof m.k[0][0]);
-        kl_wgmma_commit();
-        kl_wgmma_wait<0>();
-        kl_pin(s);
-        mla_release(&m.k_empty[n % STAGES]);
-        hide(s, t.first + row - j * KEYS);
-        soften<true>(r, s, f, a.scale);
-        mla_pack<KEYS / 16>(r.p, s);
-        n++;
-        if (j > 0)
-            await_keys(m, n);
-        for (j--; j >= t.whole; j--, n++)
-            step<true>(r, m, group, n, j > 0, t.first + row - j * KEYS, a.scale);
-        for (; j >= 0; j--, n++)
-            step<false>(r, m, group, n, j > 0, 0, a.scale);
-        mla_release(&m.q_empty);
-        int last = (n - 1) % STAGES;
-        kl_mbar_wait(&m.v_full[last], (n - 1) / STAGES & 1);
-        kl_wgmma_fence();
-        mla_add_columns<MLA_DV, KEYS / 16>(r.o, r.p, m.v[last][0], sizeof m.v[last][0]);
-        kl_wgmma_commit();
-        kl_wgmma_wait<0>();
-        kl_pin(r.o);
-        mla_release(&m.v_empty[last]);
-        finish(r, a, it, row, t.rows);
-    }
+    kl_mbar_wait(&m.q_full, 0);
+    await_keys(m, 0);
+    kl_pin(s);
+    kl_wgmma_fence();
+    mla_multiply_rows<KEYS, MLA_PANELS>(s, m.q[0] + group * 64 * 128, sizeof m.q[0], m.k[0][0], sizeof m.k[0][0]);
+    kl_wgmma_commit();
+    kl_wgmma_wait<0>();
+    kl_pin(s);
+    kl_mbar_arrive(&m.k_empty[0]);
+    hide(s, t.first + row - j * KEYS);
+    soften<true>(r, s, f, c);
+    mla_pack<KEYS / 16>(r.p, s);
+    if (j > 0)
+        await_keys(m, 1);
+    for (j--, n++; j >= t.whole; j--, n++)
+        step<true>(r, m, group, n, j > 0, t.first + row - j * KEYS, c);
+    for (; j >= 0; j--, n++)
+        step<false>(r, m, group, n, j > 0, 0, c);
+    int last = (n - 1) % STAGES;
+    kl_mbar_wait(&m.v_full[last], (n - 1) / STAGES & 1);
+    kl_wgmma_fence();
+    mla_add_columns<MLA_DV, KEYS / 16>(r.o, r.p, m.v[last][0], sizeof m.v[last][0]);
+    kl_wgmma_commit();
+    kl_wgmma_wait<0>();
+    kl_pin(r.o);
+    finish(r, a, it, row, t.rows);
 }
 
 __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ arguments a)
@@ -242,12 +212,11 @@ __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ arg
     int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0);
     if (threadIdx.x == 0) {
         kl_mbar_init(&m.q_full, 1);
-        kl_mbar_init(&m.q_empty, GROUPS * 4);
         for (int i = 0; i < STAGES; i++) {
             kl_mbar_init(&m.k_full[i], 1);
             kl_mbar_init(&m.v_full[i], 1);
-            kl_mbar_init(&m.k_empty[i], GROUPS * 4);
-            kl_mbar_init(&m.v_empty[i], GROUPS * 4);
+            kl_mbar_init(&m.k_empty[i], GROUPS * GROUP);
+            kl_mbar_init(&m.v_empty[i], GROUPS * GROUP);
         }
         kl_mbar_init_fence();
     }
@@ -286,19 +255,9 @@ workspace carve(const mla_problem *p, kl_arena *a)
 
 kl_status mla_attend(kl_ctx *ctx, const mla_problem *p, const mla_piece &x, uint16_t *o, float *lse, int64_t o_heads, int64_t o_head0)
 {
+    kl_range range("mla attend");
     arguments a = {};
-    int64_t tokens = p->cu_q[p->N], head = p->Dn + p->Dr, expanded = p->Dn + p->Dv, stride = mla_q_stride(p);
-    KL_TRY(mla_map_heads(&a.q, "q", p->q, tokens, stride, p->H, head, 0, p->Dn, MLA_BLOCK));
-    KL_TRY(mla_map_heads(&a.q_pe, "q", p->q, tokens, stride, p->H, head, p->Dn, p->Dr, MLA_BLOCK));
-    KL_TRY(mla_map_heads(&a.k, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, 0, p->Dn, KEYS));
-    KL_TRY(mla_map_heads(&a.v, "workspace", x.expanded, x.rows, x.heads * expanded, x.heads, expanded, p->Dn, p->Dv, KEYS));
-    KL_TRY(mla_map_heads(&a.pe, "latent", x.pe, x.pe_rows, x.pe_stride, 1, x.pe_stride, 0, p->Dr, KEYS));
-    a.q_pe_column = a.pe_column = p->Dr ? 0 : 64;
-    a.sequences = x.sequences;
-    a.items = x.sequences.blocks * x.heads;
-    a.scale = mla_scale(p) * 1.44269504f;
-    a.head0 = (int)x.head0;
-    a.Dv = (int)p->Dv;
+    KL_TRY(mla_describe(&a.in, p, x, MLA_BLOCK, KEYS));
     a.o = o;
     a.lse = lse;
     a.o_heads = o_heads;
@@ -306,7 +265,7 @@ kl_status mla_attend(kl_ctx *ctx, const mla_problem *p, const mla_piece &x, uint
     kl_grid g;
     g.threads = THREADS;
     g.shared = sizeof(shared);
-    g.x = a.items;
+    g.x = (int64_t)x.sequences.blocks * x.heads;
     return kl_launch(ctx, "mla chunk_fwd", g, attend, a);
 }
 

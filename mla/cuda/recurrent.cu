@@ -52,6 +52,7 @@ kl_status describe(kl_tensor_map *map, const char *name, const void *base, int64
 
 kl_status launch_attend(const kl_ctx *ctx, const attention &p)
 {
+    kl_range range("mla attend");
     kl_grid g;
     g.x = p.table.parts;
     g.threads = THREADS;
@@ -62,6 +63,7 @@ kl_status launch_attend(const kl_ctx *ctx, const attention &p)
 
 template <int WARPS> kl_status launch_join(const kl_ctx *ctx, const attention &p)
 {
+    kl_range range("mla join");
     kl_grid g;
     g.x = (int64_t)p.table.joins * p.table.room * QUARTERS;
     g.threads = 32 * WARPS;
