@@ -36,6 +36,8 @@ kl_status kl_verify_case(kl_verifier *v, kl_case *c, bool golden);
 kl_status kl_verify_kda_golden(kl_verifier *v, const char *path);
 /* `cases` random problems over the contract's cases. */
 kl_status kl_verify_random(kl_verifier *v, kl_family family, uint64_t seed, int64_t cases);
+/* Case i of those of mla, rotated. */
+kl_status kl_verify_rope(kl_verifier *v, uint64_t seed, int64_t i);
 /* Every operation around the families. */
 kl_status kl_verify_layers(kl_verifier *v);
 /* One problem a family, every variant with its error and its time: a few lines to look at. */

@@ -93,6 +93,7 @@ static kl_status random_mla(kl_case *c, kl_rng *r, int64_t i, kl_device device)
         s.lengths = lengths;
         s.N = 3;
     }
+    s.given = i % 2;
     if (device == KL_CPU)
         return kl_case_mla(c, &s);
     kl_placement at;
@@ -170,6 +171,8 @@ kl_status kl_verify_random(kl_verifier *v, kl_family family, uint64_t seed, int6
         s = kl_verify_case(v, &c, false);
         if (!kl_failed(s))
             s = verify_general(v, &c);
+        if (!kl_failed(s) && family == KL_FAMILY_MLA && !v->only)
+            s = kl_verify_rope(v, seed, i);
         kl_case_free(&c);
         KL_TRY(s);
     }
