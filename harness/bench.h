@@ -23,6 +23,7 @@ typedef struct kl_shape {
     int64_t raw;                              /* kda: bounded gate, norms and sigmoid of beta inside the kernel */
     int64_t value_first;                      /* kda: the state is [V,K] */
     int64_t N, Tq, R, Dn, Dr, Dv;             /* mla */
+    int64_t again;                            /* mla: the backward pass computes o and lse again instead of being given them */
     int64_t D, E, I, Is, top_k;               /* moe */
     int64_t new_tokens;                       /* model: tokens to decode */
     /* layers: T, D, V words, I, and of projections N outputs, K inputs; C parameters, B matrices */

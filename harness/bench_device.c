@@ -54,6 +54,9 @@ static const void *problem(const kl_workload *w, int set)
     return w->family == KL_FAMILY_DPLR ? (const void *)&w->set[set].general : &w->set[set].problem;
 }
 
+/* Has the call to find what a forward pass has left? */
+static bool comes_after(const kl_workload *w) { return !w->forward && w->ops->before; }
+
 static kl_status launch(void *user, int set)
 {
     const kl_workload *w = user;
@@ -72,6 +75,8 @@ static kl_status score(kl_workload *w, kl_bench_row *row)
     KL_TRY(kl_gpu_fill(ctx, w->workspace, 0xff, w->workspace_bytes));
     for (int i = 0; i < t->cleared_count; i++)
         KL_TRY(kl_gpu_fill(ctx, t->cleared[i].at, 0, t->cleared[i].bytes));
+    for (int i = 0; i < w->sets && comes_after(w); i++)
+        KL_TRY(w->ops->before(w, i));
     KL_TRY(launch(w, 0));
     KL_TRY(kl_gpu_sync(ctx));
     for (kl_pass pass = kl_first_pass(w); pass <= kl_last_pass(w); pass++) {
@@ -101,7 +106,7 @@ static kl_status offers(const kl_workload *w)
 static kl_status make_workspace(kl_workload *w)
 {
     size_t need = 0;
-    for (kl_pass pass = w->forward ? KL_FORWARD : KL_BACKWARD; w->variant->workspace && pass <= kl_last_pass(w); pass++) {
+    for (kl_pass pass = w->forward || comes_after(w) ? KL_FORWARD : KL_BACKWARD; w->variant->workspace && pass <= kl_last_pass(w); pass++) {
         size_t bytes = w->variant->workspace(w->b->ctx, problem(w, 0), pass);
         need = bytes > need ? bytes : need;
     }

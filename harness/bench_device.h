@@ -55,6 +55,7 @@ typedef struct kl_bench_ops {
     /* Sets the problem, the gradients and what is cleared. Runs over NULL to count, then over device memory. */
     void (*lay_out)(const kl_workload *w, kl_tensors *t, kl_arena *a);
     kl_status (*fill)(const kl_workload *w, const kl_tensors *t, uint64_t seed);
+    kl_status (*before)(const kl_workload *w, int set); /* what a backward pass by itself is given beside its inputs; may be NULL */
     kl_status (*expect)(kl_workload *w);     /* makes the sample, from the inputs of set 0 */
     kl_status (*fetch)(const kl_workload *w, kl_pass pass); /* what the pass has written in set 0, to the sample */
 } kl_bench_ops;

@@ -229,4 +229,4 @@ static kl_status expect(kl_workload *w)
 
 static kl_status fetch(const kl_workload *w, kl_pass pass) { return pull_role(w, pass == KL_BACKWARD ? GRADIENT : OUTPUT); }
 
-const kl_bench_ops kl_bench_kda = {complete, tables, lay_out, fill, expect, fetch};
+const kl_bench_ops kl_bench_kda = {complete, tables, lay_out, fill, NULL, expect, fetch};

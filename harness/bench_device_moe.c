@@ -413,4 +413,4 @@ static kl_status fetch(const kl_workload *w, kl_pass pass)
     return kl_ok();
 }
 
-const kl_bench_ops kl_bench_moe = {complete, tables, lay_out, fill, expect, fetch};
+const kl_bench_ops kl_bench_moe = {complete, tables, lay_out, fill, NULL, expect, fetch};

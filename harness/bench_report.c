@@ -48,7 +48,7 @@ static void add_shape(cJSON *o, const kl_shape *s)
 {
     const struct { const char *name; int64_t value; } size[] = {
         {"B", s->B}, {"T", s->T}, {"N", s->N}, {"H", s->H}, {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"C", s->C}, {"raw", s->raw}, {"value_first", s->value_first},
-        {"Tq", s->Tq},
+        {"Tq", s->Tq}, {"again", s->again},
         {"R", s->R}, {"Dn", s->Dn}, {"Dr", s->Dr}, {"Dv", s->Dv}, {"D", s->D}, {"E", s->E}, {"I", s->I}, {"Is", s->Is}, {"top_k", s->top_k}};
     for (size_t i = 0; i < sizeof size / sizeof *size; i++)
         add_size(o, size[i].name, size[i].value);
@@ -153,7 +153,7 @@ static void describe(const kl_shape *s, char *text, size_t size)
     const struct { const char *name; int64_t value; } part[] = {
         {"B", s->B > 1 ? s->B : 0}, {"N", s->N > 1 && s->N != s->B ? s->N : 0}, {"T", s->T}, {"Tq", s->Tq}, {"H", s->H},
         {"HV", s->HV != s->H ? s->HV : 0}, {"K", s->K}, {"V", s->V != s->K ? s->V : 0}, {"G", s->G != s->K ? s->G : 0}, {"D", s->D},
-        {"E", s->E}, {"I", s->I}, {"top", s->top_k}};
+        {"E", s->E}, {"I", s->I}, {"top", s->top_k}, {"R", s->R && s->R != 512 ? s->R : 0}, {"again", s->again}};
     size_t used = 0;
     text[0] = '\0';
     for (size_t i = 0; i < sizeof part / sizeof *part && used < size; i++)
