@@ -174,7 +174,7 @@ static const kl_variant mixed = {"mla", "mixed", KL_CPU, "for each sequence the 
                                  mixed_forward, mla_chunk_backward, cost};
 
 /* Up to this many queries in every sequence, a device reads the latents themselves (mla/README.md: which form). */
-enum { FEW_QUERIES = 64 };
+enum { FEW_QUERIES = 192 };
 
 static const kl_variant *pick_cuda(const mla_problem *p, kl_pass pass)
 {
