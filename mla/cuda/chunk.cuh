@@ -74,6 +74,9 @@ template <int KEYS> __device__ __forceinline__ mla_stretch mla_stretch_of(const 
     return t;
 }
 
+/* What all lanes know to be the same, said so that the compiler knows it too: addresses made of it go to the matrix unit without detours. */
+__device__ __forceinline__ int mla_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 /* Piece of 16 bytes of a row of 128, as swizzled copies leave them. */
 __device__ __forceinline__ const unsigned char *mla_piece_at(const unsigned char *rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
 

@@ -14,7 +14,7 @@
 namespace {
 
 enum { BLOCKS = 2 /* of a cluster */, GROUPS = 2, GROUP = 128, THREADS = (GROUPS + 1) * GROUP, COMPUTING = 232, LOADING = 40 };
-enum { KEYS = MLA_BLOCK / BLOCKS, QUERIES = 64, SHARE = QUERIES / BLOCKS, STAGES = 5, PLACES = 2 /* that P has */, DK = MLA_DN + MLA_DR };
+enum { KEYS = MLA_BLOCK / BLOCKS, QUERIES = 64, SHARE = QUERIES / BLOCKS, STAGES = 4, PLACES = 2 /* that P has */, DK = MLA_DN + MLA_DR };
 enum { TURN_OF_VALUES = 1, TURN_OF_KEYS }; /* barriers: who may issue products */
 
 struct arguments {
@@ -23,19 +23,20 @@ struct arguments {
 };
 
 struct shared {
+    alignas(1024) unsigned char k[MLA_PANELS][KEYS * 128];
+    alignas(1024) unsigned char v[MLA_V_PANELS][KEYS * 128];
     struct {
         alignas(1024) unsigned char q[MLA_PANELS][QUERIES * 128], d_o[MLA_V_PANELS][QUERIES * 128];
-    } tile[STAGES]; /* of which the first one is K and V, to begin with */
+    } tile[STAGES];
     uint4 p[PLACES][QUERIES / 16][GROUP];
     struct {
         alignas(8) float lse2[QUERIES], delta[QUERIES];
     } stats[STAGES];
-    uint64_t full[STAGES], empty[STAGES];
+    uint64_t keys_full, full[STAGES], empty[STAGES];
     uint64_t granted[STAGES];                              /* by the other block: its stage is empty too */
     uint64_t p_full[PLACES][4], p_empty[PLACES][4];        /* of each warp */
 };
 static_assert(sizeof(shared) <= 232448, "a block has 227 KB");
-static_assert((int)KEYS == (int)QUERIES, "K and V take the place of Q and dO");
 static_assert(STAGES >= 3, "the next tile is waited for before the last one is released");
 
 /* What a block works on. Query i sees the keys up to first + i. Tiles of queries begin .. end-1 see some of the cluster's keys, those from `whole`
@@ -61,15 +62,13 @@ __device__ __forceinline__ task task_of(const arguments &a, int rank)
 
 __device__ __forceinline__ void load_keys(shared &m, const arguments &a, const task &t)
 {
-    auto &tile = m.tile[0];
-    uint64_t *full = &m.full[0];
     int row = (int)t.it.s.key_row + t.key;
-    kl_mbar_expect(full, sizeof tile);
-    kl_tensor_load(tile.q[0], &a.in.k, 0, t.it.head, row, full);
-    kl_tensor_load(tile.q[1], &a.in.k, 64, t.it.head, row, full);
-    kl_tensor_load(tile.q[2], &a.in.pe, a.in.pe_column, 0, (int)t.it.s.pe_row + t.key, full);
-    kl_tensor_load(tile.d_o[0], &a.in.v, 0, t.it.head, row, full);
-    kl_tensor_load(tile.d_o[1], &a.in.v, 64, t.it.head, row, full);
+    kl_mbar_expect(&m.keys_full, sizeof m.k + sizeof m.v);
+    kl_tensor_load(m.k[0], &a.in.k, 0, t.it.head, row, &m.keys_full);
+    kl_tensor_load(m.k[1], &a.in.k, 64, t.it.head, row, &m.keys_full);
+    kl_tensor_load(m.k[2], &a.in.pe, a.in.pe_column, 0, (int)t.it.s.pe_row + t.key, &m.keys_full);
+    kl_tensor_load(m.v[0], &a.in.v, 0, t.it.head, row, &m.keys_full);
+    kl_tensor_load(m.v[1], &a.in.v, 64, t.it.head, row, &m.keys_full);
 }
 
 /* This block's half of a tile of queries from q_row on, to both. The other block may fill this one's stage before it is asked to. */
@@ -89,14 +88,13 @@ __device__ __forceinline__ void load_half(shared &m, const arguments &a, int sta
     kl_tensor_load_multicast(tile.d_o[1] + at, &a.in.d_o, 64, head, row, full, BOTH);
 }
 
-/* Tile n of the queries that count, from 1 on, is in stage n % STAGES. */
 __device__ void load(shared &m, const arguments &a, int rank)
 {
     task t = task_of(a, rank);
     load_keys(m, a, t);
-    for (int i = t.begin, n = 1; i < t.end; i++, n++) {
+    for (int i = t.begin, n = 0; i < t.end; i++, n++) {
         kl_mbar_wait(&m.empty[n % STAGES], (n / STAGES & 1) ^ 1);
-        load_half(m, a, n % STAGES, a.in.head0 + t.it.head, (int)t.it.s.q_row + i * QUERIES, rank, (n - 1) / STAGES & 1);
+        load_half(m, a, n % STAGES, a.in.head0 + t.it.head, (int)t.it.s.q_row + i * QUERIES, rank, n / STAGES & 1);
     }
 }
 
@@ -104,8 +102,7 @@ __device__ void load(shared &m, const arguments &a, int rank)
 __device__ void load_stats(shared &m, const arguments &a, int rank)
 {
     task t = task_of(a, rank);
-    kl_mbar_arrive(&m.full[0]);
-    for (int i = t.begin, n = 1; i < t.end; i++, n++) {
+    for (int i = t.begin, n = 0; i < t.end; i++, n++) {
         auto &stats = m.stats[n % STAGES];
         kl_mbar_wait(&m.empty[n % STAGES], (n / STAGES & 1) ^ 1);
         for (int j = kl_lane(); j < QUERIES; j += 32) {
@@ -138,16 +135,12 @@ template <int N, int panels> __device__ __forceinline__ void pin(rows<N, panels>
     kl_pin(r.factor);
 }
 
-/* Its keys, from the first tile, which goes on. */
-template <int N, int panels> __device__ __forceinline__ void keep(rows<N, panels> &r, shared &m, const unsigned char *from)
+template <int N, int panels> __device__ __forceinline__ void keep(rows<N, panels> &r, const unsigned char *from)
 {
-    await_tile(m, 0);
     int row = (int)threadIdx.x / 32 % 4 * 16 + (kl_lane() & 15);
 #pragma unroll
     for (int i = 0; i < 4 * panels; i++)
         kl_ldmatrix4(r.kept[i], mla_piece_at(from + i / 4 * (KEYS * 128), row, i % 4 * 2 + kl_lane() / 16));
-    kl_mbar_arrive(&m.empty[0]);
-    await_tile(m, 1);
 }
 
 /* c = kept b^T of this tile, and sum += factor last of the one before, which goes on. */
@@ -165,8 +158,19 @@ __device__ __forceinline__ void begin_tile(rows<N, panels> &r, float (&c)[QUERIE
         kl_wgmma_commit();
     }
     kl_barrier_arrive(TURN_OF_VALUES + TURN_OF_KEYS - turn, GROUPS * GROUP);
-    kl_wgmma_wait<first ? 0 : 1>();
-    kl_pin(c);
+}
+
+/* A thread's share of a statistic of a tile's queries. */
+struct shares {
+    float2 of[QUERIES / 8];
+};
+__device__ __forceinline__ shares shares_of(const float *stat)
+{
+    shares s;
+#pragma unroll
+    for (int j = 0; j < QUERIES / 8; j++)
+        s.of[j] = *(const float2 *)(stat + 8 * j + 2 * (kl_lane() & 3));
+    return s;
 }
 
 /* The tile before is done with. Tile n + 1, if more come, is waited for first: the compiler would else draw the products' wait further ahead. */
@@ -193,24 +197,22 @@ template <int N, int panels> __device__ __forceinline__ void add_last(rows<N, pa
 /* P^T of tile n, which has come, and dV of the tile before. least: the first query, counted from the tile's first, that sees key g of the warp. */
 template <bool first, bool hidden> __device__ __forceinline__ void value_step(value_rows &r, shared &m, int n, bool more, int least, float c)
 {
-    const float *stats = m.stats[n % STAGES].lse2;
-    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP, use = n - 1, place = use % PLACES;
+    n = mla_uniform(n);
+    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP, stage = n % STAGES, place = n % PLACES;
     float s[QUERIES / 2] = {};
     uint4(*p)[GROUP] = m.p[place];
-    begin_tile<first>(r, s, m.tile[n % STAGES].q[0], m.tile[(n + STAGES - 1) % STAGES].d_o[0], TURN_OF_VALUES);
+    begin_tile<first>(r, s, m.tile[stage].q[0], m.tile[(n + STAGES - 1) % STAGES].d_o[0], TURN_OF_VALUES);
+    shares lse2 = shares_of(m.stats[stage].lse2);
+    kl_wgmma_wait<first ? 0 : 1>();
+    kl_pin(s);
 #pragma unroll
-    for (int j = 0; j < QUERIES / 8; j++) {
-        float2 lse2 = *(const float2 *)(stats + 8 * j + column);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            float &x = s[4 * j + e];
-            x = kl_exp2(fmaf(x, c, e & 1 ? -lse2.y : -lse2.x));
-            if (hidden && 8 * j + column + (e & 1) < least + 8 * (e >> 1))
-                x = 0.0f;
-        }
+    for (int i = 0; i < QUERIES / 2; i++) {
+        s[i] = kl_exp2(fmaf(s[i], c, i & 1 ? -lse2.of[i / 4].y : -lse2.of[i / 4].x));
+        if (hidden && i / 4 * 8 + column + (i & 1) < least + 8 * (i >> 1 & 1))
+            s[i] = 0.0f;
     }
     kl_pin(s);
-    kl_mbar_wait(&m.p_empty[place][thread / 32], (use / PLACES & 1) ^ 1);
+    kl_mbar_wait(&m.p_empty[place][thread / 32], (n / PLACES & 1) ^ 1);
 #pragma unroll
     for (int i = 0; i < QUERIES / 16; i++)
         p[i][thread] = make_uint4(kl_pack_bf16(s[8 * i], s[8 * i + 1]), kl_pack_bf16(s[8 * i + 2], s[8 * i + 3]), kl_pack_bf16(s[8 * i + 4], s[8 * i + 5]),
@@ -227,21 +229,24 @@ template <bool first, bool hidden> __device__ __forceinline__ void value_step(va
 /* dS^T of tile n, which has come, and dK of the tile before. */
 template <bool first> __device__ __forceinline__ void key_step(key_rows &r, shared &m, int n, bool more)
 {
-    const float *stats = m.stats[n % STAGES].delta;
-    int column = 2 * (kl_lane() & 3), thread = (int)threadIdx.x % GROUP, use = n - 1, place = use % PLACES;
+    n = mla_uniform(n);
+    int thread = (int)threadIdx.x % GROUP, stage = n % STAGES, place = n % PLACES;
     float dp[QUERIES / 2] = {};
-    begin_tile<first>(r, dp, m.tile[n % STAGES].d_o[0], m.tile[(n + STAGES - 1) % STAGES].q[0], TURN_OF_KEYS);
-    kl_mbar_wait(&m.p_full[place][thread / 32], use / PLACES & 1);
+    begin_tile<first>(r, dp, m.tile[stage].d_o[0], m.tile[(n + STAGES - 1) % STAGES].q[0], TURN_OF_KEYS);
+    shares delta = shares_of(m.stats[stage].delta);
+    kl_wgmma_wait<first ? 0 : 1>();
+    kl_pin(dp);
+    kl_mbar_wait(&m.p_full[place][thread / 32], n / PLACES & 1);
 #pragma unroll
     for (int i = 0; i < QUERIES / 16; i++) {
         uint4 p = m.p[place][i][thread];
         const uint32_t pair[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            float2 delta = *(const float2 *)(stats + 16 * i + 8 * (e >> 1) + column);
+            float2 d = delta.of[2 * i + (e >> 1)];
             float *x = dp + 8 * i + 2 * e;
-            x[0] = kl_bf16_low(pair[e]) * (x[0] - delta.x);
-            x[1] = kl_bf16_high(pair[e]) * (x[1] - delta.y);
+            x[0] = kl_bf16_low(pair[e]) * (x[0] - d.x);
+            x[1] = kl_bf16_high(pair[e]) * (x[1] - d.y);
         }
     }
     kl_pin(dp);
@@ -264,9 +269,11 @@ __device__ __forceinline__ void compute_values(shared &m, const arguments &a, in
 {
     task t = task_of(a, rank);
     value_rows r = {};
-    int i = t.begin, n = 1, key = t.key + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    int i = t.begin, n = 0, key = t.key + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
     float c = a.in.scale_log2;
-    keep(r, m, m.tile[0].q[0]);
+    kl_mbar_wait(&m.keys_full, 0);
+    keep(r, m.k[0]);
+    await_tile(m, 0);
     value_step<true, true>(r, m, n, i + 1 < t.end, key - t.first - i * QUERIES, c);
     for (i++, n++; i < t.whole; i++, n++)
         value_step<false, true>(r, m, n, i + 1 < t.end, key - t.first - i * QUERIES, c);
@@ -284,9 +291,11 @@ __device__ __forceinline__ void compute_keys(shared &m, const arguments &a, int 
 {
     task t = task_of(a, rank);
     key_rows r = {};
-    int i = t.begin, n = 1, key = t.key + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
+    int i = t.begin, n = 0, key = t.key + (int)threadIdx.x / 32 % 4 * 16 + kl_lane() / 4;
     kl_barrier_arrive(TURN_OF_VALUES, GROUPS * GROUP);
-    keep(r, m, m.tile[0].d_o[0]);
+    kl_mbar_wait(&m.keys_full, 0);
+    keep(r, m.v[0]);
+    await_tile(m, 0);
     key_step<true>(r, m, n, i + 1 < t.end);
     for (i++, n++; i < t.end; i++, n++)
         key_step<false>(r, m, n, i + 1 < t.end);
@@ -307,6 +316,7 @@ __global__ void __launch_bounds__(THREADS, 1) key_gradients(const __grid_constan
     shared &m = *(shared *)memory;
     int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / GROUP, 0), rank = kl_cluster_rank();
     if (threadIdx.x == 0) {
+        kl_mbar_init(&m.keys_full, 1);
         for (int i = 0; i < STAGES; i++) {
             kl_mbar_init(&m.full[i], 1 + 32);
             kl_mbar_init(&m.empty[i], GROUPS * GROUP);

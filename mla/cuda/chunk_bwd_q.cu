@@ -70,6 +70,7 @@ __device__ __forceinline__ void add_keys(rows &r, const shared &m, int n)
 /* Tile n, which has come. last: the last key, counted from the tile's first, that row g of the warp sees. */
 template <bool first, bool hidden> __device__ __forceinline__ void step(rows &r, shared &m, int group, int n, bool more, int last, float c)
 {
+    n = mla_uniform(n);
     auto &tile = m.tile[n % STAGES];
     float s[KEYS / 2] = {}, dp[KEYS / 2] = {};
     kl_pin(s);

@@ -112,6 +112,7 @@ __device__ __forceinline__ void await_keys(shared &m, int n) { kl_mbar_wait(&m.k
  * for (if `more` come) before the products: the compiler would else draw the wait for those in front of the exponentials. */
 template <bool hidden> __device__ __forceinline__ void step(rows &r, shared &m, int group, int n, bool more, int last, float c)
 {
+    n = mla_uniform(n);
     float s[KEYS / 2] = {}, f[2];
     int i = n % STAGES, before = (n - 1) % STAGES;
     kl_barrier(TURN + group, GROUPS * GROUP);
