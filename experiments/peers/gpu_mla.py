@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Times causal attention at 192/128 dimensions through PyTorch (cuDNN's kernels) on a GPU and prints JSON lines.
 
-usage: gpu_mla.py [--lengths T,T,...] [--heads H] [--runs N] [--backward] [--json FILE]
+usage: gpu_mla.py [--lengths T,T,...] [--heads H] [--runs N] [--backward] [--json FILE] [--commit ID]
 
 Batch 1, bfloat16, random data. Rates count 2 (192 + 128) T^2 / 2 operations a head for the forward pass and 2.5 times that for the
 backward, as `kl bench mla` does for the attention itself. graph_us: the median replay of a captured graph; the backward is timed by
-events around forward and backward less the forward.
+events around it, o and log-sum-exp being those of a forward pass before.
 """
 import argparse
+import datetime
 import json
+import shlex
 import statistics
+import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +27,7 @@ def arguments():
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--json", help="append the lines to this file too")
+    parser.add_argument("--commit", help="what to record where there is no git")
     return parser.parse_args()
 
 
@@ -72,7 +76,8 @@ def main():
     args = arguments()
     for T in map(int, args.lengths.split(",")):
         for row in measure(T, args.heads, args):
-            line = json.dumps(row)
+            line = json.dumps(row | {"commit": args.commit, "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                                     "command": shlex.join(["python3", *sys.argv])})
             print(line, flush=True)
             if args.json:
                 with open(args.json, "a") as file:
