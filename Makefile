@@ -41,8 +41,11 @@ CXX     := g++
 CXXFLAGS := -std=c++17 -g $(subst -O3,-O2,$(OPT)) -march=$(ARCH) -fopenmp -fPIC -fno-math-errno -DKL_EMULATE -Wall -Wextra -Wno-unknown-pragmas -I.
 NVFLAGS := -std=c++17 -O3 -lineinfo -Xptxas -v -cudart static -I. -Xcompiler -fPIC,-Wall
 # 90a: machine code with Hopper's own instructions. 80 (any other): PTX without them, for that device and every newer one; of
-# what needs Hopper in any case there is none.
-CUDA_ARCHS ?= 90a 80
+# what needs Hopper in any case there is none. Like ARCH, for the devices of this machine; without any, for all.
+ifeq ($(CUDA)$(origin CUDA_ARCHS),1undefined)
+DEVICES    := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]*\.[0-9]*$$')
+CUDA_ARCHS := $(or $(if $(filter 9.0,$(DEVICES)),90a) $(if $(filter-out 9.0,$(DEVICES)),80),90a 80)
+endif
 HOPPER     := -gencode arch=compute_90a$(,)code=sm_90a
 PLAIN      := $(foreach a,$(filter-out 90a,$(CUDA_ARCHS)),-gencode arch=compute_$a$(,)code=compute_$a)
 nvarch      = $(if $(filter mla/% moe/% tests/%,$1),$(HOPPER),$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER)) $(PLAIN))
@@ -84,13 +87,13 @@ all: checklibs $(BUILD)/kl $(BUILD)/libkl.so $(BUILD)/kl.pc report
 
 help:
 	@echo "make            build $(BUILD)/kl, libkl.a, libkl.so, and print what this machine offers"
-	@echo "make demo       install what is missing, build, verify every kernel family, generate text"
+	@echo "make demo       install what is missing, build (without kernels where no GPU is), verify every kernel family, generate text"
 	@echo "make test       the test suite; SAN=1: under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       libFuzzer on every file format, FUZZ_SECONDS=20 each (needs clang)"
 	@echo "make install    headers, libraries, kl.pc and kl under PREFIX=/usr/local (DESTDIR honoured)"
 	@echo "make deps       install the Debian packages that are missing"
 	@echo "make clean      remove $(BUILD)"
-	@echo "switches        ARCH=native|x86-64-v3|..., CC=gcc|clang, CUDA=0|1, CUDA_ARCHS=\"90a 80\", EMULATE=1 (GPU kernels on the host, for tests), DEBUG=1, SAN=1, BUILD=dir, V=1"
+	@echo "switches        ARCH=native|x86-64-v3|..., CC=gcc|clang, CUDA=0|1, CUDA_ARCHS=\"90a 80\" (the GPUs here, or both), EMULATE=1 (GPU kernels on the host, for tests), DEBUG=1, SAN=1, BUILD=dir, V=1"
 
 checklibs:
 	@command -v $(CC) >/dev/null || { echo "make: no C compiler '$(CC)': run 'make deps'"; exit 1; }
@@ -210,9 +213,16 @@ install: all
 	sed 's|^prefix=.*|prefix=$(PREFIX)|' $(BUILD)/kl.pc > $(DESTDIR)$(PREFIX)/lib/pkgconfig/kl.pc
 	for h in $(PUBLIC); do install -D -m 644 $$h $(DESTDIR)$(PREFIX)/include/kl/$$h; done
 
+# Without a GPU there is nothing to run kernels on, and compiling them takes minutes.
+ifneq ($(DEVICES),)
 demo: deps
 	$(Q)$(MAKE) --no-print-directory all
 	@sh experiments/demo.sh $(BUILD)/kl
+else
+demo: deps
+	$(Q)$(MAKE) --no-print-directory all CUDA=0 BUILD=build-cpu
+	@sh experiments/demo.sh build-cpu/kl
+endif
 
 clean:
 	rm -rf $(BUILD)

@@ -9,6 +9,9 @@ text=experiments/checkpoint/text/sample.txt
 echo
 echo "== Every kernel against the references (double precision; largest relative error of a pass, time of one call)"
 "$kl" verify --summary
+if nvidia-smi -L >/dev/null 2>&1; then
+    "$kl" verify --summary --device cuda
+fi
 
 echo
 echo "== The bundled checkpoint"

@@ -1,10 +1,8 @@
 #!/bin/sh
-# run.sh SECONDS PROGRAM... runs each libFuzzer program for that time on a copy of its seeds; one line each,
-# and a non-zero exit status when one found a crash, a leak or a hang.
-seconds=$1
-shift
-failed=0
-for program in "$@"; do
+# run.sh SECONDS PROGRAM... runs each libFuzzer program for that time on a copy of its seeds, JOBS (as many as there are processors) at a
+# time; one line each, and a non-zero exit status when one found a crash, a leak or a hang.
+one() {
+    seconds=$1 program=$2
     name=$(basename "$program")
     corpus="$program.corpus"
     artifacts="$program.found/"
@@ -18,10 +16,17 @@ for program in "$@"; do
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$program.log")
     if [ $status -eq 0 ] && [ "${runs:-0}" -gt 0 ]; then
         printf '%-24s %9d runs in %d s, nothing found\n' "$name" "$runs" "$seconds"
-    else
-        printf '%-24s FAILED with status %d; its input is in %s\n' "$name" $status "$artifacts"
-        grep -E 'ERROR|SUMMARY|^ +#[0-9] |runtime error|deadly signal' "$program.log" | head -20
-        failed=1
+        return 0
     fi
-done
-exit $failed
+    printf '%-24s FAILED with status %d; its input is in %s\n' "$name" $status "$artifacts"
+    grep -E 'ERROR|SUMMARY|^ +#[0-9] |runtime error|deadly signal' "$program.log" | head -20
+    return 1
+}
+
+if [ "$1" = --one ]; then
+    one "$2" "$3"
+    exit $?
+fi
+seconds=$1
+shift
+printf '%s\n' "$@" | xargs -n 1 -P "${JOBS:-$(nproc)}" sh "$0" --one "$seconds"
