@@ -70,9 +70,9 @@ endif
 ifneq ($(CU_SRC),)
 override CFLAGS += -DKL_HAVE_CUDA
 endif
-# SHARE=dir: what does not ask for KL_HAVE_CUDA is taken from that build
+# SHARE=dir: what does not ask for KL_HAVE_CUDA, itself or by a macro, is taken from that build
 SHARE   ?= $(BUILD)
-OWN_SRC := $(if $(filter-out $(SHARE),$(BUILD)),$(shell grep -l KL_HAVE_CUDA $(C_SRC)),$(C_SRC))
+OWN_SRC := $(if $(filter-out $(SHARE),$(BUILD)),$(shell grep -lE "KL_HAVE_CUDA|KDA_ON_DEVICE" $(C_SRC)),$(C_SRC))
 OBJ     := $(OWN_SRC:%.c=$(BUILD)/obj/%.o) $(patsubst %.c,$(SHARE)/obj/%.o,$(filter-out $(OWN_SRC),$(C_SRC))) $(CU_SRC:%=$(BUILD)/obj/%.o)
 # Tests with kernels of their own need a compiler for them.
 CU_TESTS := $(patsubst tests/%.cu,$(BUILD)/tests/%,$(wildcard tests/test_*.cu))

@@ -33,20 +33,8 @@ static kl_status validate(const kl_ctx *ctx, const kda_conv_problem *p)
 
 size_t kda_conv_workspace(const kl_ctx *ctx, const kda_conv_problem *p, kl_pass pass)
 {
-#ifdef KL_HAVE_CUDA
-    if (ctx->device == KL_CUDA)
-        return kda_cuda_conv_workspace(p, pass);
-#endif
-    (void)ctx, (void)p, (void)pass;
-    return 0;
-}
-
-static kl_status validate_workspace(const kl_ctx *ctx, const kda_conv_problem *p, kl_pass pass)
-{
-    size_t wanted = kda_conv_workspace(ctx, p, pass);
-    KL_REQUIRE(wanted == 0 || (p->workspace && p->workspace_bytes >= wanted), "conv: workspace: expected %zu bytes, got %zu", wanted,
-               p->workspace ? p->workspace_bytes : 0);
-    return kl_ok();
+    (void)p, (void)pass;
+    return KDA_ON_DEVICE(ctx, 0, kda_cuda_conv_workspace(p, pass));
 }
 
 kl_status kda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
@@ -54,12 +42,8 @@ kl_status kda_conv_forward(kl_ctx *ctx, const kda_conv_problem *p)
     KL_REQUIRE(ctx, "conv: ctx: expected a context, got NULL");
     KL_TRY(validate(ctx, p));
     KL_REQUIRE(p->B * p->T == 0 || (p->y && p->y != p->x), "conv: y: expected memory of its own, got %s", p->y ? "x" : "NULL");
-    KL_TRY(validate_workspace(ctx, p, KL_FORWARD));
-#ifdef KL_HAVE_CUDA
-    if (ctx->device == KL_CUDA)
-        return kda_cuda_conv_forward(ctx, p);
-#endif
-    return kda_cpu_conv_forward(ctx, p);
+    KL_TRY(kda_validate_workspace("conv", p->workspace, p->workspace_bytes, kda_conv_workspace(ctx, p, KL_FORWARD)));
+    return KDA_ON_DEVICE(ctx, kda_cpu_conv_forward(ctx, p), kda_cuda_conv_forward(ctx, p));
 }
 
 kl_status kda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g)
@@ -71,10 +55,6 @@ kl_status kda_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_co
     KL_REQUIRE(p->B * p->T == 0 || g->dx, "conv: dx: expected [B,T,D], got NULL");
     KL_REQUIRE(!p->tail_in || p->tail_in != p->tail_out,
                "conv: tail_out: expected another place than tail_in: a tail updated in place cannot be differentiated");
-    KL_TRY(validate_workspace(ctx, p, KL_BACKWARD));
-#ifdef KL_HAVE_CUDA
-    if (ctx->device == KL_CUDA)
-        return kda_cuda_conv_backward(ctx, p, g);
-#endif
-    return kda_cpu_conv_backward(ctx, p, g);
+    KL_TRY(kda_validate_workspace("conv", p->workspace, p->workspace_bytes, kda_conv_workspace(ctx, p, KL_BACKWARD)));
+    return KDA_ON_DEVICE(ctx, kda_cpu_conv_backward(ctx, p, g), kda_cuda_conv_backward(ctx, p, g));
 }

@@ -26,12 +26,8 @@ static kl_status validate(const kl_ctx *ctx, const kda_gated_norm_problem *p)
 
 size_t kda_gated_norm_workspace(const kl_ctx *ctx, const kda_gated_norm_problem *p, kl_pass pass)
 {
-#ifdef KL_HAVE_CUDA
-    if (ctx->device == KL_CUDA)
-        return kda_cuda_gated_norm_workspace(p, pass);
-#endif
-    (void)ctx, (void)p, (void)pass;
-    return 0;
+    (void)p, (void)pass;
+    return KDA_ON_DEVICE(ctx, 0, kda_cuda_gated_norm_workspace(p, pass));
 }
 
 kl_status kda_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p)
@@ -39,11 +35,7 @@ kl_status kda_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p)
     KL_REQUIRE(ctx, "gated_norm: ctx: expected a context, got NULL");
     KL_TRY(validate(ctx, p));
     KL_REQUIRE(p->rows == 0 || p->y, "gated_norm: y: expected [rows,V], got NULL");
-#ifdef KL_HAVE_CUDA
-    if (ctx->device == KL_CUDA)
-        return kda_cuda_gated_norm_forward(ctx, p);
-#endif
-    return kda_cpu_gated_norm_forward(ctx, p);
+    return KDA_ON_DEVICE(ctx, kda_cpu_gated_norm_forward(ctx, p), kda_cuda_gated_norm_forward(ctx, p));
 }
 
 kl_status kda_gated_norm_backward(kl_ctx *ctx, const kda_gated_norm_problem *p, const kda_gated_norm_grads *g)
@@ -53,12 +45,6 @@ kl_status kda_gated_norm_backward(kl_ctx *ctx, const kda_gated_norm_problem *p, 
     KL_REQUIRE(g, "gated_norm: grads: expected a pointer, got NULL");
     KL_REQUIRE(p->rows == 0 || g->dy, "gated_norm: dy: expected [rows,V], got NULL");
     KL_REQUIRE(p->gate || !g->dgate, "gated_norm: dgate: expected NULL with KDA_OUT_NONE");
-    size_t wanted = kda_gated_norm_workspace(ctx, p, KL_BACKWARD);
-    KL_REQUIRE(wanted == 0 || (p->workspace && p->workspace_bytes >= wanted), "gated_norm: workspace: expected %zu bytes, got %zu", wanted,
-               p->workspace ? p->workspace_bytes : 0);
-#ifdef KL_HAVE_CUDA
-    if (ctx->device == KL_CUDA)
-        return kda_cuda_gated_norm_backward(ctx, p, g);
-#endif
-    return kda_cpu_gated_norm_backward(ctx, p, g);
+    KL_TRY(kda_validate_workspace("gated_norm", p->workspace, p->workspace_bytes, kda_gated_norm_workspace(ctx, p, KL_BACKWARD)));
+    return KDA_ON_DEVICE(ctx, kda_cpu_gated_norm_backward(ctx, p, g), kda_cuda_gated_norm_backward(ctx, p, g));
 }

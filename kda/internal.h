@@ -46,8 +46,16 @@ int64_t kda_longest(int64_t T, int64_t N, const int64_t *cu_seqlens);
 /* The checks that KDA, DPLR and the convolution share: N against B or cu_seqlens, and cu_seqlens itself. */
 kl_status kda_validate_sequences(const char *who, int64_t B, int64_t T, int64_t N, const int64_t *cu_seqlens);
 
+/* The one of two calls that is for the context's device. */
+#ifdef KL_HAVE_CUDA
+#define KDA_ON_DEVICE(ctx, cpu, cuda) ((ctx)->device == KL_CUDA ? (cuda) : (cpu))
+#else
+#define KDA_ON_DEVICE(ctx, cpu, cuda) ((void)(ctx), (cpu))
+#endif
+
 /* ---- around the recurrence ---- */
 enum { KDA_CONV_TAPS = 16, KDA_NORM_WIDTH = 4096 }; /* at most */
+kl_status kda_validate_workspace(const char *who, const void *workspace, size_t bytes, size_t wanted);
 kl_status kda_cpu_conv_forward(kl_ctx *ctx, const kda_conv_problem *p);
 kl_status kda_cpu_conv_backward(kl_ctx *ctx, const kda_conv_problem *p, const kda_conv_grads *g);
 kl_status kda_cpu_gated_norm_forward(kl_ctx *ctx, const kda_gated_norm_problem *p);

@@ -21,6 +21,12 @@ int64_t kda_chunk_count(const kda_problem *p)
     return count;
 }
 
+kl_status kda_validate_workspace(const char *who, const void *workspace, size_t bytes, size_t wanted)
+{
+    KL_REQUIRE(wanted == 0 || (workspace && bytes >= wanted), "%s: workspace: expected %zu bytes, got %zu", who, wanted, workspace ? bytes : 0);
+    return kl_ok();
+}
+
 kl_status kda_validate_sequences(const char *who, int64_t B, int64_t T, int64_t N, const int64_t *cu_seqlens)
 {
     KL_REQUIRE(B >= 0, "%s: B: expected at least 0, got %lld", who, (long long)B);
