@@ -10,16 +10,8 @@ enum { KL_MOST_SETS = 32, KL_MOST_CLEARED = 8 };
 
 /* Tensors of one call, in one piece of device memory: inputs, then outputs. */
 typedef struct kl_tensors {
-    union {
-        kda_problem kda;
-        mla_problem mla;
-        moe_problem moe;
-    } problem;
-    union {
-        kda_grads kda;
-        mla_grads mla;
-        moe_grads moe;
-    } grads;
+    kl_any_problem problem;
+    kl_any_grads grads;
     dplr_problem general;      /* of the kda problem, where the general recurrence is measured */
     void *memory;
     size_t bytes, outputs_at;  /* all of it; where inputs end */

@@ -48,6 +48,19 @@ typedef struct kl_placement {
     bool in_place;        /* ht is h0 */
 } kl_placement;
 
+/* A problem of any family, and its gradients. */
+typedef union kl_any_problem {
+    kda_problem kda;
+    dplr_problem dplr;
+    mla_problem mla;
+    moe_problem moe;
+} kl_any_problem;
+typedef union kl_any_grads {
+    kda_grads kda;
+    mla_grads mla;
+    moe_grads moe;
+} kl_any_grads;
+
 typedef struct kl_case {
     kl_family family;
     char name[192];
@@ -56,17 +69,8 @@ typedef struct kl_case {
     bool correlated;   /* keys close together under slow decay: the triangular system is ill-conditioned */
     kl_placement place;
     struct kl_image *image; /* the case in a device's memory; NULL: not there */
-    union {
-        kda_problem kda;
-        dplr_problem dplr;
-        mla_problem mla;
-        moe_problem moe;
-    } problem;
-    union {
-        kda_grads kda;
-        mla_grads mla;
-        moe_grads moe;
-    } grads;
+    kl_any_problem problem;
+    kl_any_grads grads;
     int count;
     kl_case_tensor tensor[KL_CASE_TENSORS];
     void *memory;      /* the one block behind every pointer */
