@@ -48,8 +48,7 @@ static void add_shape(cJSON *o, const kl_shape *s)
 {
     const struct { const char *name; int64_t value; } size[] = {
         {"B", s->B}, {"T", s->T}, {"N", s->N}, {"H", s->H}, {"HV", s->HV}, {"K", s->K}, {"V", s->V}, {"C", s->C}, {"raw", s->raw}, {"value_first", s->value_first},
-        {"Tq", s->Tq}, {"again", s->again},
-        {"R", s->R}, {"Dn", s->Dn}, {"Dr", s->Dr}, {"Dv", s->Dv}, {"D", s->D}, {"E", s->E}, {"I", s->I}, {"Is", s->Is}, {"top_k", s->top_k}};
+        {"Tq", s->Tq}, {"again", s->again}, {"R", s->R}, {"Dn", s->Dn}, {"Dr", s->Dr}, {"Dv", s->Dv}, {"D", s->D}, {"E", s->E}, {"I", s->I}, {"Is", s->Is}, {"top_k", s->top_k}};
     for (size_t i = 0; i < sizeof size / sizeof *size; i++)
         add_size(o, size[i].name, size[i].value);
     if (s->G)

@@ -33,9 +33,9 @@ static const struct argp_option options[] = {
 
 static const char doc[] =
     "Times every registered variant and prints one row a case, with the fraction of what this machine reaches and the error against the reference.\v"
-    "Keys of --shapes: kda B T N H HV K V G C lengths, on a device raw (gate, norms and sigmoid inside) and dplr; mla N T Tq H R Dn Dr Dv latent weight lengths; moe T D E I Is top_k weight; "
+    "Keys of --shapes: kda B T N H HV K V G C lengths, on a device raw (gate, norms and sigmoid inside) and dplr; mla N T Tq H R Dn Dr Dv latent weight lengths, on a device again (the backward pass computes the forward pass again); moe T D E I Is top_k weight; "
     "layers T D V I N K C B; model B T C new. Packed sequences: lengths=1300+547+2048. Example: --shapes 'T=4096,H=4;T=8192'. "
-    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates, and around: convolution, gated norm, decode step of a layer; for mla: prefill, late, decode; for moe: tokens, train.";
+    "Lists for kda: ten, heads32, heads96, train, decode, fig2, gates, and around: convolution, gated norm, decode step of a layer; for mla: prefill, again, alone, few, late, decode; for moe: tokens, train.";
 
 static kl_status choose_pass(bench_options *o, const char *name)
 {

@@ -77,7 +77,10 @@ bench_all() {
     step "KDA, general DPLR, Gated DeltaNet" bench kda_fig2 --shapes fig2 --variant chunk
     step "granularity of the gate" bench kda_gates --shapes gates --variant chunk
     step "MLA, prefill and training" bench mla_prefill --shapes prefill --variant chunk
+    step "MLA, backward, the forward pass again" bench mla_again --shapes again --variant chunk
+    step "MLA, hardly any expansion" bench mla_alone --shapes alone --variant chunk
     step "MLA, the end of a long context" bench mla_late --shapes late
+    step "MLA, some queries behind many keys" bench mla_few --shapes few
     step "MLA, decoding" bench mla_decode --shapes decode
     step "MoE, forward" bench moe_tokens --shapes tokens
     step "MoE, backward" bench moe_train --shapes train
