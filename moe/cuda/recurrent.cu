@@ -5,7 +5,8 @@
  * Two launches that overlap: logits; then a block on every multiprocessor, which chooses for itself and takes rows of w1 and w3, and then
  * of w2 the columns d of all experts, so that it adds them up in order. In between the blocks meet, for the h of all. Rows of w2 need
  * nothing of h and come in through the warps' rings (rows.cuh) meanwhile. One warp copies nothing and has time for the rest: it chooses while the
- * others take the shared expert, and it tells the other blocks, since such a word waits for the copies of the thread that says it. */
+ * others take the shared expert, and it tells the other blocks, since such a word waits for the copies of the thread that says it. Blocks do not get
+ * equal shares of the memory: the last rows of w1 and w3 are drawn by who comes first, which changes no number. */
 #include <algorithm>
 
 #include "common/gpu.h"
@@ -17,7 +18,7 @@
 namespace {
 
 /* Warps that multiply; barriers of all warps, of these. MOST_BYTES leaves room beside a block for one of the next launch's. */
-enum { WARPS = 16, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10 };
+enum { WARPS = 16, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10, COUNTS = 64 };
 
 /* One set of experts; w1, w3: [width,D], w2: [D,width], `stride` elements from expert to expert. */
 struct experts {
@@ -34,8 +35,8 @@ struct step {
     uint16_t *y;
     int *id;                /* what the caller wants of the choice, or NULL */
     float *weight;
-    int *arrived;           /* blocks whose h is complete; 0 before this launch */
-    int share, depth;       /* columns of y a block; places of a ring */
+    int *arrived, *drawn;   /* blocks whose h is complete, rows that were drawn; 0 before this launch */
+    int share, depth;       /* columns of y a block at most; places of a ring */
 };
 
 /* The rows that a warp takes one after the other. Those of the shared expert come first, while the choice is made, and last. */
@@ -99,14 +100,20 @@ __device__ __forceinline__ void choose(const step &s, const room &m)
 
 /* ---- rows ---- */
 
+/* The columns of y that a block has end where the next one's begin. */
+__device__ __forceinline__ int first_column(const step &s, int block) { return (int)((int64_t)s.v.D * block / (int)gridDim.x); }
+
 __device__ __forceinline__ void list_rows(const step &s, const room &m)
 {
-    int blocks = (int)gridDim.x, d = (int)blockIdx.x * s.share, count = min(max(s.v.D - d, 0), s.share);
+    int blocks = (int)gridDim.x, d = first_column(s, (int)blockIdx.x), count = first_column(s, (int)blockIdx.x + 1) - d;
     for (int shared = 0; shared < 2; shared++) {
         const experts &w = shared ? s.shared : s.routed;
         const int *id = shared ? nullptr : m.id;
-        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, id, (int)blockIdx.x, blocks, WARPS * blocks, w.slots * w.width};
-        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, id, 0, 1, WARPS, w.slots * count};
+        int items = w.slots * w.width, round = WARPS * blocks, fixed = shared ? items : items / round * round;
+        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, id, (int)blockIdx.x, blocks, round, fixed, items,
+                                                        shared ? nullptr : s.drawn, MOE_LEAST_PLACES};
+        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, id, 0, 1, WARPS,
+                                                        w.slots * count, w.slots * count, nullptr, MOE_MOST_PLACES};
     }
 }
 
@@ -119,17 +126,19 @@ __device__ __forceinline__ void add_product(float &sum, const uint4 &a, const ui
 }
 
 /* h = silu(w1 x) w3 x, a row of both at a time. */
-__device__ __forceinline__ void inner(moe_ring &ring, const moe_rows &list, const uint4 *x, int tokens, uint16_t *h)
+__device__ __forceinline__ void inner(moe_ring &ring, int which, const uint4 *x, int choices, uint16_t *h)
 {
-    int choices = list.end ? list.end / list.rows / tokens : 1;
-    for (int i = list.from(ring.warp); i < list.end; i += list.step) {
+    enum { EACH = (MOE_PLACE_BYTES / 32 + 31) / 32 };
+    const moe_rows &list = ring.list[which];
+    while (ring.has(which)) {
+        int i = ring.next_item();
         const uint4 *at = x + i / list.rows / choices * (list.columns / 8);
         float a = 0.0f, b = 0.0f;
         for (int column = 0; column < list.columns; column += list.wide()) {
             const uint4 *w1 = (const uint4 *)ring.wait(), *w3 = w1 + MOE_PLACE_BYTES / 32;
             int pieces = list.pieces(column);
 #pragma unroll
-            for (int j = 0; j < MOE_PLACE_BYTES / 1024; j++) {
+            for (int j = 0; j < EACH; j++) {
                 int piece = 32 * j + kl_lane();
                 if (piece < pieces) {
                     uint4 v = at[column / 8 + piece];
@@ -147,17 +156,19 @@ __device__ __forceinline__ void inner(moe_ring &ring, const moe_rows &list, cons
 }
 
 /* part[slot][d] = w2[d,:] h_slot */
-__device__ __forceinline__ void outer(moe_ring &ring, const moe_rows &list, const uint4 *h, float *part, int share)
+__device__ __forceinline__ void outer(moe_ring &ring, int which, const uint4 *h, float *part, int share)
 {
-    for (int i = list.from(ring.warp); i < list.end; i += list.step) {
-        int slot = i / list.rows;
+    enum { EACH = (MOE_PLACE_BYTES / 16 + 31) / 32 };
+    const moe_rows &list = ring.list[which];
+    while (ring.has(which)) {
+        int i = ring.next_item(), slot = i / list.rows;
         const uint4 *at = h + slot * (list.columns / 8);
         float sum = 0.0f;
         for (int column = 0; column < list.columns; column += list.wide()) {
             const uint4 *w2 = (const uint4 *)ring.wait();
             int pieces = list.pieces(column);
 #pragma unroll
-            for (int j = 0; j < MOE_PLACE_BYTES / 512; j++) {
+            for (int j = 0; j < EACH; j++) {
                 int piece = 32 * j + kl_lane();
                 if (piece < pieces)
                     add_product(sum, w2[piece], at[column / 8 + piece]);
@@ -192,7 +203,7 @@ __device__ __forceinline__ void fetch_h(uint4 *to, const experts &w, int thread)
 __device__ __forceinline__ void add_up(const step &s, const room &m, int thread)
 {
     const moe_router_view &v = s.v;
-    int d = (int)blockIdx.x * s.share, count = m.list[s.shared.slots ? SHARED_OUTER : ROUTED_OUTER].rows;
+    int d = first_column(s, (int)blockIdx.x), count = first_column(s, (int)blockIdx.x + 1) - d;
     for (int i = thread; i < v.T * count; i += WORKERS) {
         int t = i / count, at = i % count;
         float sum = s.shared.slots ? m.part_shared[t * s.share + at] : 0.0f;
@@ -202,30 +213,28 @@ __device__ __forceinline__ void add_up(const step &s, const room &m, int thread)
     }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ step s)
+__global__ void __launch_bounds__(THREADS, 1) stream(const __grid_constant__ step s)
 {
     KL_SHARED(memory);
     room m;
     lay_out(&m, memory, s);
     int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), thread = (int)threadIdx.x;
-    if (!s.v.E) /* no logits were computed in between: x may still be on its way */
-        kl_grid_wait();
     if (warp == WARPS && kl_lane() == 0) {
         list_rows(s, m);
         for (int i = 0; i < WARPS * s.depth; i++)
             kl_mbar_init(&m.full[i], 1);
         kl_mbar_init_fence();
     }
+    kl_grid_wait();
     for (int i = thread; i < s.v.T * s.v.D / 8; i += THREADS)
         m.x[i] = ((const uint4 *)s.v.x)[i];
     __syncthreads();
     moe_ring ring = moe_ring_of(m.rings, m.full, s.depth, m.list, warp);
     if (warp == WARPS) {
-        kl_grid_wait();
         choose(s, m);
     } else {
         ring.fill(ROUTED_INNER);
-        inner(ring, m.list[SHARED_INNER], m.x, s.v.T, s.shared.h);
+        inner(ring, SHARED_INNER, m.x, 1, s.shared.h);
     }
     __syncthreads();
     kl_grid_release();
@@ -234,15 +243,15 @@ __global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ ste
         return;
     }
     ring.fill(LISTS);
-    inner(ring, m.list[ROUTED_INNER], m.x, s.v.T, s.routed.h);
+    inner(ring, ROUTED_INNER, m.x, s.v.top_k, s.routed.h);
     __syncwarp();
     kl_barrier_arrive(INNER_DONE, THREADS);
     kl_barrier(H_THERE, THREADS);
     fetch_h(m.h, s.routed, thread);
     fetch_h(m.h_shared, s.shared, thread);
     kl_barrier(WORKERS_MEET, WORKERS);
-    outer(ring, m.list[ROUTED_OUTER], m.h, m.part, s.share);
-    outer(ring, m.list[SHARED_OUTER], m.h_shared, m.part_shared, s.share);
+    outer(ring, ROUTED_OUTER, m.h, m.part, s.share);
+    outer(ring, SHARED_OUTER, m.h_shared, m.part_shared, s.share);
     kl_barrier(WORKERS_MEET, WORKERS);
     add_up(s, m, thread);
 }
@@ -252,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ ste
 struct buffers {
     moe_device_routes routes;
     uint16_t *h, *h_shared;
-    int *arrived;
+    int *counts; /* arrived, drawn */
 };
 
 int64_t choices(const moe_problem *p) { return p->E ? p->top_k : 0; }
@@ -264,7 +273,7 @@ buffers carve(kl_arena *a, const moe_problem *p)
         b.routes = moe_device_routes_carve(a, p, p->T);
     b.h = KL_TAKE(a, uint16_t, p->T * choices(p) * p->I);
     b.h_shared = KL_TAKE(a, uint16_t, p->T * p->Is);
-    b.arrived = KL_TAKE(a, int, 1);
+    b.counts = KL_TAKE(a, int, COUNTS);
     return b;
 }
 
@@ -322,7 +331,8 @@ kl_status moe_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *wor
     s.id = p->chosen;
     s.weight = p->chosen_weight;
     s.logit = b.routes.logit;
-    s.arrived = b.arrived;
+    s.arrived = b.counts;
+    s.drawn = b.counts + COUNTS / 2;
     s.share = (int)moe_ceil(p->D, g.x);
     KL_TRY(describe_all(&s, p, b));
     room m;
@@ -331,8 +341,8 @@ kl_status moe_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *wor
     g.shared = lay_out(&m, nullptr, s) + s.depth * ring;
     kl_range range("moe stream");
     if (p->E)
-        KL_TRY(moe_device_logits(ctx, p, 0, p->T, &b.routes, b.arrived));
+        KL_TRY(moe_device_logits(ctx, p, 0, p->T, &b.routes, b.counts, COUNTS));
     else
-        KL_TRY(kl_gpu_fill(ctx, b.arrived, 0, sizeof *b.arrived));
+        KL_TRY(kl_gpu_fill(ctx, b.counts, 0, COUNTS * sizeof *b.counts));
     return kl_launch(ctx, "moe stream", g, stream, s);
 }
