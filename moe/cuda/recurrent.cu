@@ -219,18 +219,20 @@ __global__ void __launch_bounds__(THREADS, 1) stream(const __grid_constant__ ste
     room m;
     lay_out(&m, memory, s);
     int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), thread = (int)threadIdx.x;
+    if (!s.v.E) /* no logits were computed in between: x may still be on its way */
+        kl_grid_wait();
     if (warp == WARPS && kl_lane() == 0) {
         list_rows(s, m);
         for (int i = 0; i < WARPS * s.depth; i++)
             kl_mbar_init(&m.full[i], 1);
         kl_mbar_init_fence();
     }
-    kl_grid_wait();
     for (int i = thread; i < s.v.T * s.v.D / 8; i += THREADS)
         m.x[i] = ((const uint4 *)s.v.x)[i];
     __syncthreads();
     moe_ring ring = moe_ring_of(m.rings, m.full, s.depth, m.list, warp);
     if (warp == WARPS) {
+        kl_grid_wait();
         choose(s, m);
     } else {
         ring.fill(ROUTED_INNER);

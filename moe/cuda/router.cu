@@ -72,8 +72,8 @@ template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_fe
         kl_mbar_init_fence();
     }
     __syncwarp();
-    kl_grid_release(); /* the next launch too does nothing but set up before it waits */
     kl_grid_wait();
+    kl_grid_release();
     if (blockIdx.x == 0 && (int)threadIdx.x < clears)
         cleared[threadIdx.x] = 0;
     int rows = min(v.T, TOKENS);
