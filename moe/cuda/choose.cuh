@@ -83,23 +83,25 @@ __host__ __device__ inline int moe_choice_words(int E, int n_group) { return E +
 /* The same of keys that lanes hold, a lane's nth that of number 32 n + lane; *logit: the winner's. */
 template <int HELD> __device__ __forceinline__ int moe_take_best(uint32_t (&key)[HELD], const float (&own)[HELD], float *logit)
 {
-    uint32_t best = 0;
-    int at = INT32_MAX;
-    float x = 0.0f;
+    uint32_t best[HELD];
+    int at[HELD];
+    float x[HELD];
 #pragma unroll
     for (int n = 0; n < HELD; n++)
-        if (key[n] > best) {
-            best = key[n];
-            at = 32 * n + kl_lane();
-            x = own[n];
-        }
-    uint32_t most = __reduce_max_sync(0xffffffffu, best);
-    int winner = (int)__reduce_min_sync(0xffffffffu, best == most ? (uint32_t)at : (uint32_t)INT32_MAX);
+        best[n] = key[n], at[n] = 32 * n + kl_lane(), x[n] = own[n];
+#pragma unroll
+    for (int apart = 1; apart < HELD; apart *= 2)
+#pragma unroll
+        for (int n = 0; n < HELD; n += 2 * apart)
+            if (best[n + apart] > best[n])
+                best[n] = best[n + apart], at[n] = at[n + apart], x[n] = x[n + apart];
+    uint32_t most = __reduce_max_sync(0xffffffffu, best[0]);
+    int winner = (int)__reduce_min_sync(0xffffffffu, best[0] == most ? (uint32_t)at[0] : (uint32_t)INT32_MAX);
 #pragma unroll
     for (int n = 0; n < HELD; n++)
         if (32 * n + kl_lane() == winner)
             key[n] = 0;
-    *logit = __shfl_sync(0xffffffffu, x, winner % 32);
+    *logit = __shfl_sync(0xffffffffu, x[0], winner % 32);
     return winner;
 }
 

@@ -63,8 +63,8 @@ moe_cut moe_cut_carve(kl_arena *a, const moe_problem *p, int64_t tokens, int blo
 
 /* Logits, choice and weights of tokens t .. t+count-1; also into p->chosen and p->chosen_weight where wanted. */
 kl_status moe_device_route(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r);
-/* Logits alone; of up to 256 tokens, cleared[0..clears-1] become 0 too. */
-kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, int *cleared, int clears);
+/* Logits alone; of up to 256 tokens, *cleared becomes 0 too (NULL: nothing does). */
+kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, int *cleared);
 /* Sorts what was routed, and cuts it. */
 kl_status moe_device_group(const kl_ctx *ctx, const moe_problem *p, int64_t count, const moe_device_routes *r, const moe_device_rows *rows, const moe_cut *cut);
 

@@ -5,8 +5,7 @@
  * Two launches that overlap: logits; then a block on every multiprocessor, which chooses for itself and takes rows of w1 and w3, and then
  * of w2 the columns d of all experts, so that it adds them up in order. In between the blocks meet, for the h of all. Rows of w2 need
  * nothing of h and come in through the warps' rings (rows.cuh) meanwhile. One warp copies nothing and has time for the rest: it chooses while the
- * others take the shared expert, and it tells the other blocks, since such a word waits for the copies of the thread that says it. Blocks do not get
- * equal shares of the memory: the last rows of w1 and w3 are drawn by who comes first, which changes no number. */
+ * others take the shared expert, and it tells the other blocks, since such a word waits for the copies of the thread that says it. */
 #include <algorithm>
 
 #include "common/gpu.h"
@@ -18,7 +17,7 @@
 namespace {
 
 /* Warps that multiply; barriers of all warps, of these. MOST_BYTES leaves room beside a block for one of the next launch's. */
-enum { WARPS = 16, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10, COUNTS = 64 };
+enum { WARPS = 8, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10 };
 
 /* One set of experts; w1, w3: [width,D], w2: [D,width], `stride` elements from expert to expert. */
 struct experts {
@@ -35,7 +34,7 @@ struct step {
     uint16_t *y;
     int *id;                /* what the caller wants of the choice, or NULL */
     float *weight;
-    int *arrived, *drawn;   /* blocks whose h is complete, rows that were drawn; 0 before this launch */
+    int *arrived;           /* blocks whose h is complete; 0 before this launch */
     int share, depth;       /* columns of y a block at most; places of a ring */
 };
 
@@ -109,11 +108,9 @@ __device__ __forceinline__ void list_rows(const step &s, const room &m)
     for (int shared = 0; shared < 2; shared++) {
         const experts &w = shared ? s.shared : s.routed;
         const int *id = shared ? nullptr : m.id;
-        int items = w.slots * w.width, round = WARPS * blocks, fixed = shared ? items : items / round * round;
-        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, id, (int)blockIdx.x, blocks, round, fixed, items,
-                                                        shared ? nullptr : s.drawn, MOE_LEAST_PLACES};
-        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, id, 0, 1, WARPS,
-                                                        w.slots * count, w.slots * count, nullptr, MOE_MOST_PLACES};
+        int together = max(1, min((int)MOE_TOGETHER, MOE_PLACE_BYTES / 2 / max(w.width, 1))), each = (count + together - 1) / together;
+        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, 1, w.width, id, (int)blockIdx.x, blocks, WARPS * blocks, w.slots * w.width};
+        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, together, each, id, 0, 1, WARPS, w.slots * each};
     }
 }
 
@@ -128,7 +125,6 @@ __device__ __forceinline__ void add_product(float &sum, const uint4 &a, const ui
 /* h = silu(w1 x) w3 x, a row of both at a time. */
 __device__ __forceinline__ void inner(moe_ring &ring, int which, const uint4 *x, int choices, uint16_t *h)
 {
-    enum { EACH = (MOE_PLACE_BYTES / 32 + 31) / 32 };
     const moe_rows &list = ring.list[which];
     while (ring.has(which)) {
         int i = ring.next_item();
@@ -137,14 +133,11 @@ __device__ __forceinline__ void inner(moe_ring &ring, int which, const uint4 *x,
         for (int column = 0; column < list.columns; column += list.wide()) {
             const uint4 *w1 = (const uint4 *)ring.wait(), *w3 = w1 + MOE_PLACE_BYTES / 32;
             int pieces = list.pieces(column);
-#pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                int piece = 32 * j + kl_lane();
-                if (piece < pieces) {
-                    uint4 v = at[column / 8 + piece];
-                    add_product(a, w1[piece], v);
-                    add_product(b, w3[piece], v);
-                }
+#pragma unroll 3
+            for (int piece = kl_lane(); piece < pieces; piece += 32) {
+                uint4 v = at[column / 8 + piece];
+                add_product(a, w1[piece], v);
+                add_product(b, w3[piece], v);
             }
             ring.next();
         }
@@ -155,29 +148,33 @@ __device__ __forceinline__ void inner(moe_ring &ring, int which, const uint4 *x,
     }
 }
 
-/* part[slot][d] = w2[d,:] h_slot */
+/* part[slot][d] = w2[d,:] h_slot, some d at a time. */
 __device__ __forceinline__ void outer(moe_ring &ring, int which, const uint4 *h, float *part, int share)
 {
-    enum { EACH = (MOE_PLACE_BYTES / 16 + 31) / 32 };
+    static_assert(MOE_TOGETHER == 4, "a lane for each");
     const moe_rows &list = ring.list[which];
     while (ring.has(which)) {
-        int i = ring.next_item(), slot = i / list.rows;
-        const uint4 *at = h + slot * (list.columns / 8);
-        float sum = 0.0f;
+        int i = ring.next_item(), slot = i / list.items, first = i - slot * list.items, count = list.count(first), row = list.columns / 8;
+        float sum[MOE_TOGETHER] = {};
         for (int column = 0; column < list.columns; column += list.wide()) {
-            const uint4 *w2 = (const uint4 *)ring.wait();
+            const uint4 *w2 = (const uint4 *)ring.wait(), *at = h + slot * row + column / 8;
             int pieces = list.pieces(column);
+#pragma unroll 2
+            for (int piece = kl_lane(); piece < pieces; piece += 32) {
+                uint4 v = at[piece];
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                int piece = 32 * j + kl_lane();
-                if (piece < pieces)
-                    add_product(sum, w2[piece], at[column / 8 + piece]);
+                for (int n = 0; n < MOE_TOGETHER; n++)
+                    if (n < count)
+                        add_product(sum[n], w2[n * row + piece], v);
             }
             ring.next();
         }
-        sum = kl_warp_sum(sum);
-        if (kl_lane() == 0)
-            part[slot * share + i % list.rows] = sum;
+#pragma unroll
+        for (int n = 0; n < MOE_TOGETHER; n++)
+            sum[n] = kl_warp_sum(sum[n]);
+        float own = kl_lane() == 0 ? sum[0] : kl_lane() == 1 ? sum[1] : kl_lane() == 2 ? sum[2] : sum[3];
+        if (kl_lane() < count)
+            part[slot * share + first * list.together + kl_lane()] = own;
     }
 }
 
@@ -263,7 +260,7 @@ __global__ void __launch_bounds__(THREADS, 1) stream(const __grid_constant__ ste
 struct buffers {
     moe_device_routes routes;
     uint16_t *h, *h_shared;
-    int *counts; /* arrived, drawn */
+    int *arrived;
 };
 
 int64_t choices(const moe_problem *p) { return p->E ? p->top_k : 0; }
@@ -275,7 +272,7 @@ buffers carve(kl_arena *a, const moe_problem *p)
         b.routes = moe_device_routes_carve(a, p, p->T);
     b.h = KL_TAKE(a, uint16_t, p->T * choices(p) * p->I);
     b.h_shared = KL_TAKE(a, uint16_t, p->T * p->Is);
-    b.counts = KL_TAKE(a, int, COUNTS);
+    b.arrived = KL_TAKE(a, int, 1);
     return b;
 }
 
@@ -333,8 +330,7 @@ kl_status moe_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *wor
     s.id = p->chosen;
     s.weight = p->chosen_weight;
     s.logit = b.routes.logit;
-    s.arrived = b.counts;
-    s.drawn = b.counts + COUNTS / 2;
+    s.arrived = b.arrived;
     s.share = (int)moe_ceil(p->D, g.x);
     KL_TRY(describe_all(&s, p, b));
     room m;
@@ -343,8 +339,8 @@ kl_status moe_cuda_recurrent_forward(kl_ctx *ctx, const void *problem, void *wor
     g.shared = lay_out(&m, nullptr, s) + s.depth * ring;
     kl_range range("moe stream");
     if (p->E)
-        KL_TRY(moe_device_logits(ctx, p, 0, p->T, &b.routes, b.counts, COUNTS));
+        KL_TRY(moe_device_logits(ctx, p, 0, p->T, &b.routes, b.arrived));
     else
-        KL_TRY(kl_gpu_fill(ctx, b.counts, 0, COUNTS * sizeof *b.counts));
+        KL_TRY(kl_gpu_fill(ctx, b.arrived, 0, sizeof *b.arrived));
     return kl_launch(ctx, "moe stream", g, stream, s);
 }

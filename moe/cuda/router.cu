@@ -55,10 +55,10 @@ template <int TOKENS> __device__ __forceinline__ void copy_run(few &m, unsigned 
         kl_bulk_load(to, (expert ? router + (int64_t)(e0 + lane) * v.D : v.x + (int64_t)(t0 + lane - 8) * v.D) + from, 2 * n, &m.full[warp]);
 }
 
-/* The first block also sets cleared[0..clears-1] to 0. */
-template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constant__ moe_router_view v, float *logit, int segment, int *cleared, int clears)
+/* The first thread also sets *cleared (NULL: nothing) to 0. */
+template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constant__ moe_router_view v, float *logit, int segment, int *cleared)
 {
-    enum { LINE = 64 }; /* columns of 128 bytes */
+    enum { LINE = 64, BATCH = 3 }; /* columns of 128 bytes; steps whose operands are read together */
     KL_SHARED(memory);
     few &m = *(few *)memory;
     int lane = kl_lane(), warp = (int)threadIdx.x / 32, g = lane / 4, c = 2 * (lane & 3), turn = 0;
@@ -74,8 +74,8 @@ template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_fe
     __syncwarp();
     kl_grid_wait();
     kl_grid_release();
-    if (blockIdx.x == 0 && (int)threadIdx.x < clears)
-        cleared[threadIdx.x] = 0;
+    if (cleared && blockIdx.x == 0 && threadIdx.x == 0)
+        *cleared = 0;
     int rows = min(v.T, TOKENS);
     unsigned char *own = m.x + warp * rows * PIECE_ROW;
     const unsigned char *x = own + min(lane & (TOKENS - 1), rows - 1) * PIECE_ROW, *w = m.w[warp] + (lane & 7) * PIECE_ROW;
@@ -85,17 +85,23 @@ template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_fe
             int columns = min(end - from, (int)PIECE);
             copy_run<TOKENS>(m, own, v, v.router + (int64_t)n * v.E * v.D, t0, e0, from, columns);
             kl_mbar_wait(&m.full[warp], turn);
-#pragma unroll 6
-            for (int k = 0; k < columns; k += 16) {
-                uint32_t a[4], b[4];
-                if (TOKENS == 8) {
-                    kl_ldmatrix4(b, (lane < 16 ? x : w) + 2 * k + (lane & 8) * 2);
-                    a[0] = b[0], a[1] = 0, a[2] = b[1], a[3] = 0, b[0] = b[2], b[1] = b[3];
-                } else {
-                    kl_ldmatrix4(a, x + 2 * k + (lane & 16));
-                    kl_ldmatrix2(b, w + 2 * k + (lane & 8) * 2);
+            for (int k = 0; k < columns; k += 16 * BATCH) {
+                uint32_t a[BATCH][4], b[BATCH][4];
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    int at = 2 * (k + 16 * i < columns ? k + 16 * i : k);
+                    if (TOKENS == 8) {
+                        kl_ldmatrix4(b[i], (lane < 16 ? x : w) + at + (lane & 8) * 2);
+                        a[i][0] = b[i][0], a[i][1] = 0, a[i][2] = b[i][1], a[i][3] = 0, b[i][0] = b[i][2], b[i][1] = b[i][3];
+                    } else {
+                        kl_ldmatrix4(a[i], x + at + (lane & 16));
+                        kl_ldmatrix2(b[i], w + at + (lane & 8) * 2);
+                    }
                 }
-                kl_mma(sum, a, b);
+#pragma unroll
+                for (int i = 0; i < BATCH; i++)
+                    if (k + 16 * i < columns)
+                        kl_mma(sum, a[i], b[i]);
             }
             __syncwarp();
         }
@@ -291,7 +297,7 @@ moe_router_view moe_view_of(const moe_problem *p, int64_t t, int64_t count, cons
     return v;
 }
 
-kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, int *cleared, int clears)
+kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, int *cleared)
 {
     if (r->split && t == 0)
         KL_TRY(split_router(ctx, p, r->split));
@@ -302,7 +308,7 @@ kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, 
         g.x = moe_ceil(count, count <= 8 ? 8 : 16) * moe_ceil(p->E, 8);
         g.threads = 32 * SEGMENTS;
         g.shared = sizeof(few) + SEGMENTS * PIECE_ROW * (size_t)(count < 16 ? count : 16);
-        return kl_launch(ctx, "moe logits", g, count <= 8 ? logits_few<8> : logits_few<16>, v, r->logit, segment_of(p->D), cleared, clears);
+        return kl_launch(ctx, "moe logits", g, count <= 8 ? logits_few<8> : logits_few<16>, v, r->logit, segment_of(p->D), cleared);
     }
     g.x = moe_ceil(count, TILE) * moe_ceil(p->E, TILE);
     g.threads = MANY_THREADS;
@@ -313,7 +319,7 @@ kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, 
 kl_status moe_device_route(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r)
 {
     kl_range range("moe router");
-    KL_TRY(moe_device_logits(ctx, p, t, count, r, nullptr, 0));
+    KL_TRY(moe_device_logits(ctx, p, t, count, r, nullptr));
     chosen out = {*r, p->chosen ? p->chosen + t * p->top_k : nullptr, p->chosen_weight ? p->chosen_weight + t * p->top_k : nullptr};
     kl_grid g;
     g.x = moe_ceil(count, MOE_CHUNK);
