@@ -19,12 +19,6 @@ __device__ __forceinline__ void kl_stmatrix4_trans(void *row, const uint32_t r[4
     }
 }
 
-__device__ __forceinline__ void kl_add_pair(float *to, float a, float b)
-{
-    atomicAdd(to, a);
-    atomicAdd(to + 1, b);
-}
-
 /* What has no plain form is not launched there. */
 struct kl_operand {};
 __device__ __forceinline__ kl_operand kl_operand_of(const void *, int, int) { return {}; }
@@ -55,6 +49,7 @@ __device__ __forceinline__ void kl_bulk_load(void *shared, const void *global, i
     for (int i = 0; i < bytes; i += 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(kl_shared_address(shared) + i), "l"((const char *)global + i) : "memory");
 }
+__device__ __forceinline__ void kl_bulk_load_once(void *shared, const void *global, int bytes, uint64_t *bar) { kl_bulk_load(shared, global, bytes, bar); }
 __device__ __forceinline__ void kl_bulk_issued(uint64_t *bar)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(kl_shared_address(bar)) : "memory");

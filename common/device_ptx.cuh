@@ -257,6 +257,14 @@ __device__ __forceinline__ void kl_bulk_load(void *shared, const void *global, i
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(kl_shared_address(shared)), "l"(global), "r"(bytes), "r"(kl_shared_address(bar)) : "memory");
 }
+/* The same of what is read once: the second cache keeps everything else rather than this. */
+__device__ __forceinline__ void kl_bulk_load_once(void *shared, const void *global, int bytes, uint64_t *bar)
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 :: "r"(kl_shared_address(shared)), "l"(global), "r"(bytes), "r"(kl_shared_address(bar)), "l"(policy) : "memory");
+}
 /* No more loads of this thread belong to the phase. */
 __device__ __forceinline__ void kl_bulk_issued(uint64_t *) {}
 /* To the same place in every block of the cluster whose bit is set, each block's own barrier counting. */
@@ -273,13 +281,6 @@ __device__ __forceinline__ void kl_bulk_commit() { asm volatile("cp.async.bulk.c
 /* Until at most `left` of this thread's groups of stores are unfinished; _read: until their shared memory is free again. */
 template <int left> __device__ __forceinline__ void kl_bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" :: "n"(left) : "memory"); }
 template <int left> __device__ __forceinline__ void kl_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory"); }
-
-/* to[0] += a, to[1] += b in the second cache, without waiting for what is there; `to` a multiple of 8. The same bits on every run as long
- * as a launch adds to a number once. */
-__device__ __forceinline__ void kl_add_pair(float *to, float a, float b)
-{
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(a), "f"(b) : "memory");
-}
 #endif
 
 /* Starts the 128 bytes around an address on their way to the second cache. */

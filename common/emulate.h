@@ -389,6 +389,7 @@ static inline void kl_bulk_load(void *shared, const void *global, int bytes, uin
     memcpy(shared, global, (size_t)bytes);
     kl_emulated_bytes(bar, bytes);
 }
+static inline void kl_bulk_load_once(void *shared, const void *global, int bytes, uint64_t *bar) { kl_bulk_load(shared, global, bytes, bar); }
 static inline void kl_bulk_issued(uint64_t *bar)
 {
     if (!kl_emulated_hopper)
@@ -411,13 +412,6 @@ static inline void kl_bulk_store(void *global, const void *shared, int bytes)
 static inline void kl_bulk_commit() {}
 template <int left> static inline void kl_bulk_wait() {}
 template <int left> static inline void kl_bulk_wait_read() {}
-static inline void kl_add_pair(float *to, float a, float b)
-{
-    if ((uintptr_t)to % 8)
-        kl_emulated_fail("add pair: expected an address that is a multiple of 8, got %p", (void *)to);
-    to[0] += a;
-    to[1] += b;
-}
 static inline void kl_prefetch(const void *global) { (void)*(const volatile unsigned char *)global; }
 static inline void kl_copy16(void *shared, const void *global, bool valid = true)
 {

@@ -10,39 +10,29 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "common/gpu.h"
 #include "common/rng.h"
 #include "harness/reference_variants.h"
+#include "tests/device.h"
 #include "tests/expect.h"
 
 enum { R = 512, DR = 64, DN = 128, WIDTH = R + DR, MOST = 8, GAP = 3 };
 
-static kl_ctx *ctx, *host;
+static kl_ctx *host;
 static const kl_variant *variant;
 
 static int open_device(void **state)
 {
     (void)state;
-    if (kl_gpu_count() < 1)
-        return 0;
     variant = mla_pick(KL_CUDA, "recurrent", NULL, KL_FORWARD);
-    return kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA})) || kl_failed(kl_ctx_create(&host, NULL));
+    return open_ctx() || (ctx && (!variant || kl_failed(kl_ctx_create(&host, NULL))));
 }
 
 static int close_device(void **state)
 {
     (void)state;
-    kl_ctx_destroy(ctx);
     kl_ctx_destroy(host);
-    return 0;
+    return close_ctx();
 }
-
-#define NEEDS_DEVICE() \
-    do {               \
-        (void)state;   \
-        if (!ctx)      \
-            skip();    \
-    } while (0)
 
 /* ---- a batch: the sequences in any order in the cache, NaN between them and before the first query ---- */
 

@@ -9,28 +9,25 @@
 
 #include <stdlib.h>
 
-#include "common/gpu.h"
 #include "harness/reference_variants.h"
+#include "tests/device.h"
 #include "tests/expect.h"
 
-static kl_ctx *ctx, *host;
+static kl_ctx *host;
 static const kl_variant *variant;
 
 static int open_device(void **state)
 {
     (void)state;
-    if (kl_gpu_count() < 1)
-        return 0;
     variant = mla_pick(KL_CUDA, "chunk", NULL, KL_BACKWARD);
-    return !variant || kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA})) || kl_failed(kl_ctx_create(&host, NULL));
+    return open_ctx() || (ctx && (!variant || kl_failed(kl_ctx_create(&host, NULL))));
 }
 
 static int close_device(void **state)
 {
     (void)state;
-    kl_ctx_destroy(ctx);
     kl_ctx_destroy(host);
-    return 0;
+    return close_ctx();
 }
 
 /* size: what queries are multiplied by, so that logits grow; limits: of the worst tensor. */
@@ -58,13 +55,6 @@ static void check(kl_mla_spec spec, float size, double forward, double backward)
     kl_scratch_free(&scratch);
     kl_case_free(&c);
 }
-
-#define NEEDS_DEVICE() \
-    do {               \
-        (void)state;   \
-        if (!ctx)      \
-            skip();    \
-    } while (0)
 
 static void the_released_heads(void **state)
 {

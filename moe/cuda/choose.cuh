@@ -80,6 +80,74 @@ __device__ __forceinline__ void moe_choose_groups(const moe_router_view &v, floa
 /* Words of shared memory that a choice needs. */
 __host__ __device__ inline int moe_choice_words(int E, int n_group) { return E + (n_group > 1 ? n_group : 0); }
 
+/* The same of keys that lanes hold, a lane's nth that of number 32 n + lane; *logit: the winner's. */
+template <int HELD> __device__ __forceinline__ int moe_take_best(uint32_t (&key)[HELD], const float (&own)[HELD], float *logit)
+{
+    uint32_t best[HELD];
+    int at[HELD];
+    float x[HELD];
+#pragma unroll
+    for (int n = 0; n < HELD; n++)
+        best[n] = key[n], at[n] = 32 * n + kl_lane(), x[n] = own[n];
+#pragma unroll
+    for (int apart = 1; apart < HELD; apart *= 2)
+#pragma unroll
+        for (int n = 0; n < HELD; n += 2 * apart)
+            if (best[n + apart] > best[n])
+                best[n] = best[n + apart], at[n] = at[n + apart], x[n] = x[n + apart];
+    uint32_t most = __reduce_max_sync(0xffffffffu, best[0]);
+    int winner = (int)__reduce_min_sync(0xffffffffu, best[0] == most ? (uint32_t)at[0] : (uint32_t)INT32_MAX);
+#pragma unroll
+    for (int n = 0; n < HELD; n++)
+        if (32 * n + kl_lane() == winner)
+            key[n] = 0;
+    *logit = __shfl_sync(0xffffffffu, x[0], winner % 32);
+    return winner;
+}
+
+/* Through shared memory: groups, or more experts than lanes can hold. */
+__device__ __forceinline__ void moe_choose_any(const moe_router_view &v, const moe_score &score, const float *logit, uint32_t *scratch, int &id, float &chosen)
+{
+    float *choice = (float *)scratch;
+    int lane = kl_lane();
+    for (int e = lane; e < v.E; e += 32)
+        choice[e] = score(logit[e]) + (v.bias ? v.bias[e] : 0.0f);
+    __syncwarp();
+    if (v.n_group > 1 && v.topk_group < v.n_group)
+        moe_choose_groups(v, choice, scratch + v.E);
+    for (int e = lane; e < v.E; e += 32)
+        scratch[e] = moe_key(choice[e]);
+    __syncwarp();
+    for (int n = 0; n < v.top_k; n++) {
+        int e = moe_take_best(scratch, v.E);
+        id = lane == n ? e : id;
+    }
+    chosen = lane < v.top_k ? logit[id] : 0.0f;
+}
+
+/* Everything is asked for at once and stays in registers. */
+template <int HELD> __device__ __forceinline__ void moe_choose_held(const moe_router_view &v, const moe_score &score, const float *logit, int &id, float &chosen)
+{
+    float own[HELD], bias[HELD];
+    uint32_t key[HELD];
+    int lane = kl_lane();
+#pragma unroll
+    for (int n = 0; n < HELD; n++) {
+        bool there = 32 * n + lane < v.E;
+        own[n] = there ? logit[32 * n + lane] : 0.0f;
+        bias[n] = there && v.bias ? v.bias[32 * n + lane] : 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < HELD; n++)
+        key[n] = 32 * n + lane < v.E ? moe_key(score(own[n]) + bias[n]) : 0u;
+    for (int k = 0; k < v.top_k; k++) {
+        float x;
+        int e = moe_take_best(key, own, &x);
+        id = lane == k ? e : id;
+        chosen = lane == k ? x : chosen;
+    }
+}
+
 /* Lane n < top_k gets the token's nth expert and its weight; every lane gets what the scores were divided by:
  *
  *     w_n = scale s_n / (sum_m s_m + 1e-20) */
@@ -89,24 +157,17 @@ struct moe_choice {
 };
 __device__ __forceinline__ moe_choice moe_choose(const moe_router_view &v, const float *logit, uint32_t *scratch)
 {
-    float *choice = (float *)scratch;
+    enum { HELD = 8 };
     int lane = kl_lane();
     moe_score score = moe_score_of(v, logit);
-    for (int e = lane; e < v.E; e += 32)
-        choice[e] = score(logit[e]) + (v.bias ? v.bias[e] : 0.0f);
-    __syncwarp();
-    if (v.n_group > 1 && v.topk_group < v.n_group)
-        moe_choose_groups(v, choice, scratch + v.E);
-    for (int e = lane; e < v.E; e += 32)
-        scratch[e] = moe_key(choice[e]);
-    __syncwarp();
     moe_choice c = {0, 0.0f, 1.0f};
-    for (int n = 0; n < v.top_k; n++) {
-        int e = moe_take_best(scratch, v.E);
-        c.id = lane == n ? e : c.id;
-    }
+    float chosen = 0.0f; /* the logit */
+    if (v.E <= 32 * HELD && v.n_group <= 1)
+        moe_choose_held<HELD>(v, score, logit, c.id, chosen);
+    else
+        moe_choose_any(v, score, logit, scratch, c.id, chosen);
     if (lane < v.top_k)
-        c.weight = score(logit[c.id]) + (v.biased_weights && v.bias ? v.bias[c.id] : 0.0f);
+        c.weight = score(chosen) + (v.biased_weights && v.bias ? v.bias[c.id] : 0.0f);
     if (v.renormalize) {
         float sum = 0.0f;
         for (int n = 0; n < v.top_k; n++)

@@ -17,7 +17,7 @@
 namespace {
 
 /* Warps that multiply; barriers of all warps, of these. MOST_BYTES leaves room beside a block for one of the next launch's. */
-enum { WARPS = 16, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10 };
+enum { WARPS = 8, WORKERS = 32 * WARPS, THREADS = WORKERS + 32, INNER_DONE = 1, H_THERE, WORKERS_MEET, MOST_BYTES = 220 << 10 };
 
 /* One set of experts; w1, w3: [width,D], w2: [D,width], `stride` elements from expert to expert. */
 struct experts {
@@ -35,7 +35,7 @@ struct step {
     int *id;                /* what the caller wants of the choice, or NULL */
     float *weight;
     int *arrived;           /* blocks whose h is complete; 0 before this launch */
-    int share, depth;       /* columns of y a block; places of a ring */
+    int share, depth;       /* columns of y a block at most; places of a ring */
 };
 
 /* The rows that a warp takes one after the other. Those of the shared expert come first, while the choice is made, and last. */
@@ -99,14 +99,18 @@ __device__ __forceinline__ void choose(const step &s, const room &m)
 
 /* ---- rows ---- */
 
+/* The columns of y that a block has end where the next one's begin. */
+__device__ __forceinline__ int first_column(const step &s, int block) { return (int)((int64_t)s.v.D * block / (int)gridDim.x); }
+
 __device__ __forceinline__ void list_rows(const step &s, const room &m)
 {
-    int blocks = (int)gridDim.x, d = (int)blockIdx.x * s.share, count = min(max(s.v.D - d, 0), s.share);
+    int blocks = (int)gridDim.x, d = first_column(s, (int)blockIdx.x), count = first_column(s, (int)blockIdx.x + 1) - d;
     for (int shared = 0; shared < 2; shared++) {
         const experts &w = shared ? s.shared : s.routed;
         const int *id = shared ? nullptr : m.id;
-        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, id, (int)blockIdx.x, blocks, WARPS * blocks, w.slots * w.width};
-        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, id, 0, 1, WARPS, w.slots * count};
+        int together = max(1, min((int)MOE_TOGETHER, MOE_PLACE_BYTES / 2 / max(w.width, 1))), each = (count + together - 1) / together;
+        m.list[shared ? SHARED_INNER : ROUTED_INNER] = {w.w1, w.w3, w.stride1, s.v.D, w.width, 1, w.width, id, (int)blockIdx.x, blocks, WARPS * blocks, w.slots * w.width};
+        m.list[shared ? SHARED_OUTER : ROUTED_OUTER] = {w.w2 + (int64_t)d * w.width, nullptr, w.stride2, w.width, count, together, each, id, 0, 1, WARPS, w.slots * each};
     }
 }
 
@@ -119,23 +123,21 @@ __device__ __forceinline__ void add_product(float &sum, const uint4 &a, const ui
 }
 
 /* h = silu(w1 x) w3 x, a row of both at a time. */
-__device__ __forceinline__ void inner(moe_ring &ring, const moe_rows &list, const uint4 *x, int tokens, uint16_t *h)
+__device__ __forceinline__ void inner(moe_ring &ring, int which, const uint4 *x, int choices, uint16_t *h)
 {
-    int choices = list.end ? list.end / list.rows / tokens : 1;
-    for (int i = list.from(ring.warp); i < list.end; i += list.step) {
+    const moe_rows &list = ring.list[which];
+    while (ring.has(which)) {
+        int i = ring.next_item();
         const uint4 *at = x + i / list.rows / choices * (list.columns / 8);
         float a = 0.0f, b = 0.0f;
         for (int column = 0; column < list.columns; column += list.wide()) {
             const uint4 *w1 = (const uint4 *)ring.wait(), *w3 = w1 + MOE_PLACE_BYTES / 32;
             int pieces = list.pieces(column);
-#pragma unroll
-            for (int j = 0; j < MOE_PLACE_BYTES / 1024; j++) {
-                int piece = 32 * j + kl_lane();
-                if (piece < pieces) {
-                    uint4 v = at[column / 8 + piece];
-                    add_product(a, w1[piece], v);
-                    add_product(b, w3[piece], v);
-                }
+#pragma unroll 3
+            for (int piece = kl_lane(); piece < pieces; piece += 32) {
+                uint4 v = at[column / 8 + piece];
+                add_product(a, w1[piece], v);
+                add_product(b, w3[piece], v);
             }
             ring.next();
         }
@@ -146,27 +148,33 @@ __device__ __forceinline__ void inner(moe_ring &ring, const moe_rows &list, cons
     }
 }
 
-/* part[slot][d] = w2[d,:] h_slot */
-__device__ __forceinline__ void outer(moe_ring &ring, const moe_rows &list, const uint4 *h, float *part, int share)
+/* part[slot][d] = w2[d,:] h_slot, some d at a time. */
+__device__ __forceinline__ void outer(moe_ring &ring, int which, const uint4 *h, float *part, int share)
 {
-    for (int i = list.from(ring.warp); i < list.end; i += list.step) {
-        int slot = i / list.rows;
-        const uint4 *at = h + slot * (list.columns / 8);
-        float sum = 0.0f;
+    static_assert(MOE_TOGETHER == 4, "a lane for each");
+    const moe_rows &list = ring.list[which];
+    while (ring.has(which)) {
+        int i = ring.next_item(), slot = i / list.items, first = i - slot * list.items, count = list.count(first), row = list.columns / 8;
+        float sum[MOE_TOGETHER] = {};
         for (int column = 0; column < list.columns; column += list.wide()) {
-            const uint4 *w2 = (const uint4 *)ring.wait();
+            const uint4 *w2 = (const uint4 *)ring.wait(), *at = h + slot * row + column / 8;
             int pieces = list.pieces(column);
+#pragma unroll 2
+            for (int piece = kl_lane(); piece < pieces; piece += 32) {
+                uint4 v = at[piece];
 #pragma unroll
-            for (int j = 0; j < MOE_PLACE_BYTES / 512; j++) {
-                int piece = 32 * j + kl_lane();
-                if (piece < pieces)
-                    add_product(sum, w2[piece], at[column / 8 + piece]);
+                for (int n = 0; n < MOE_TOGETHER; n++)
+                    if (n < count)
+                        add_product(sum[n], w2[n * row + piece], v);
             }
             ring.next();
         }
-        sum = kl_warp_sum(sum);
-        if (kl_lane() == 0)
-            part[slot * share + i % list.rows] = sum;
+#pragma unroll
+        for (int n = 0; n < MOE_TOGETHER; n++)
+            sum[n] = kl_warp_sum(sum[n]);
+        float own = kl_lane() == 0 ? sum[0] : kl_lane() == 1 ? sum[1] : kl_lane() == 2 ? sum[2] : sum[3];
+        if (kl_lane() < count)
+            part[slot * share + first * list.together + kl_lane()] = own;
     }
 }
 
@@ -192,7 +200,7 @@ __device__ __forceinline__ void fetch_h(uint4 *to, const experts &w, int thread)
 __device__ __forceinline__ void add_up(const step &s, const room &m, int thread)
 {
     const moe_router_view &v = s.v;
-    int d = (int)blockIdx.x * s.share, count = m.list[s.shared.slots ? SHARED_OUTER : ROUTED_OUTER].rows;
+    int d = first_column(s, (int)blockIdx.x), count = first_column(s, (int)blockIdx.x + 1) - d;
     for (int i = thread; i < v.T * count; i += WORKERS) {
         int t = i / count, at = i % count;
         float sum = s.shared.slots ? m.part_shared[t * s.share + at] : 0.0f;
@@ -202,7 +210,7 @@ __device__ __forceinline__ void add_up(const step &s, const room &m, int thread)
     }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ step s)
+__global__ void __launch_bounds__(THREADS, 1) stream(const __grid_constant__ step s)
 {
     KL_SHARED(memory);
     room m;
@@ -225,7 +233,7 @@ __global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ ste
         choose(s, m);
     } else {
         ring.fill(ROUTED_INNER);
-        inner(ring, m.list[SHARED_INNER], m.x, s.v.T, s.shared.h);
+        inner(ring, SHARED_INNER, m.x, 1, s.shared.h);
     }
     __syncthreads();
     kl_grid_release();
@@ -234,15 +242,15 @@ __global__ void __launch_bounds__(THREADS, 2) stream(const __grid_constant__ ste
         return;
     }
     ring.fill(LISTS);
-    inner(ring, m.list[ROUTED_INNER], m.x, s.v.T, s.routed.h);
+    inner(ring, ROUTED_INNER, m.x, s.v.top_k, s.routed.h);
     __syncwarp();
     kl_barrier_arrive(INNER_DONE, THREADS);
     kl_barrier(H_THERE, THREADS);
     fetch_h(m.h, s.routed, thread);
     fetch_h(m.h_shared, s.shared, thread);
     kl_barrier(WORKERS_MEET, WORKERS);
-    outer(ring, m.list[ROUTED_OUTER], m.h, m.part, s.share);
-    outer(ring, m.list[SHARED_OUTER], m.h_shared, m.part_shared, s.share);
+    outer(ring, ROUTED_OUTER, m.h, m.part, s.share);
+    outer(ring, SHARED_OUTER, m.h_shared, m.part_shared, s.share);
     kl_barrier(WORKERS_MEET, WORKERS);
     add_up(s, m, thread);
 }

@@ -28,58 +28,96 @@ __global__ void __launch_bounds__(256) split(const float *router, uint16_t *part
     }
 }
 
-/* ---- few tokens: a block has 16 tokens and 8 experts, a warp a run ---- */
+/* ---- few tokens: a block has 8 experts and TOKENS tokens, a warp a run, which it has copied for itself ---- */
 
-__device__ __forceinline__ uint32_t pair_at(const uint16_t *row, int k, int D, bool there)
+/* Columns at a time; rows in shared memory begin four banks apart. */
+enum { PIECE = 288, PIECE_ROW = 2 * PIECE + 16 };
+
+struct few {
+    unsigned char w[SEGMENTS][8 * PIECE_ROW];
+    float partial[3][SEGMENTS][16][8];
+    uint64_t full[SEGMENTS];
+    unsigned char x[]; /* [SEGMENTS][as many as there are][PIECE_ROW] */
+};
+
+/* Rows t0.. of x and e0.. of the router, n columns from `from` on; zeros up to whole steps. */
+template <int TOKENS> __device__ __forceinline__ void copy_run(few &m, unsigned char *x, const moe_router_view &v, const uint16_t *router, int t0, int e0, int from, int n)
 {
-    return there && k < D ? *(const uint32_t *)(row + k) : 0u;
+    int lane = kl_lane(), warp = (int)threadIdx.x / 32, tokens = min(v.T - t0, TOKENS), experts = min(v.E - e0, 8);
+    bool expert = lane < 8, there = expert ? lane < experts : lane - 8 < tokens;
+    unsigned char *to = expert ? m.w[warp] + lane * PIECE_ROW : x + (lane - 8) * PIECE_ROW;
+    if (lane == 0)
+        kl_mbar_expect(&m.full[warp], (tokens + experts) * 2 * n);
+    if (n % 16 && (expert || there))
+        *(uint4 *)(to + 2 * n) = make_uint4(0, 0, 0, 0);
+    __syncwarp();
+    if (there)
+        kl_bulk_load(to, (expert ? router + (int64_t)(e0 + lane) * v.D : v.x + (int64_t)(t0 + lane - 8) * v.D) + from, 2 * n, &m.full[warp]);
 }
 
-/* The first thread also sets *cleared (NULL: nothing) to 0. TOKENS: 16, or 8 where there are no more. */
+/* The first thread also sets *cleared (NULL: nothing) to 0. */
 template <int TOKENS> __global__ void __launch_bounds__(32 * SEGMENTS) logits_few(const __grid_constant__ moe_router_view v, float *logit, int segment, int *cleared)
 {
-    enum { BATCH = TOKENS == 8 ? 18 : 9, LINE = 64 }; /* steps whose operands are on their way together; columns of 128 bytes */
+    enum { LINE = 64, BATCH = 3 }; /* columns of 128 bytes; steps whose operands are read together */
     KL_SHARED(memory);
-    float *partial = (float *)memory; /* [parts][SEGMENTS][16][8] */
-    int lane = kl_lane(), warp = (int)threadIdx.x / 32, g = lane / 4, c = 2 * (lane & 3);
+    few &m = *(few *)memory;
+    int lane = kl_lane(), warp = (int)threadIdx.x / 32, g = lane / 4, c = 2 * (lane & 3), turn = 0;
     int groups = (v.E + 7) / 8, e0 = (int)blockIdx.x % groups * 8, t0 = (int)blockIdx.x / groups * TOKENS;
     int end = (warp + 1) * segment < v.D ? (warp + 1) * segment : v.D;
-    const uint16_t *x0 = v.x + (int64_t)(t0 + g) * v.D, *x1 = x0 + (int64_t)8 * v.D;
-    bool there0 = t0 + g < v.T, there1 = TOKENS > 8 && t0 + g + 8 < v.T, there = e0 + g < v.E;
     for (int n = 0; n < v.parts; n++)
         for (int at = (int)threadIdx.x * LINE; at < min(8, v.E - e0) * v.D; at += 32 * SEGMENTS * LINE)
             kl_prefetch(v.router + ((int64_t)n * v.E + e0) * v.D + at);
+    if (lane == 0) {
+        kl_mbar_init(&m.full[warp], 1);
+        kl_mbar_init_fence();
+    }
+    __syncwarp();
     kl_grid_wait();
     kl_grid_release();
     if (cleared && blockIdx.x == 0 && threadIdx.x == 0)
         *cleared = 0;
+    int rows = min(v.T, TOKENS);
+    unsigned char *own = m.x + warp * rows * PIECE_ROW;
+    const unsigned char *x = own + min(lane & (TOKENS - 1), rows - 1) * PIECE_ROW, *w = m.w[warp] + (lane & 7) * PIECE_ROW;
     for (int n = 0; n < v.parts; n++) {
-        const uint16_t *w = v.router + ((int64_t)n * v.E + e0 + g) * v.D;
         float sum[4] = {};
-        for (int from = warp * segment; from < end; from += 16 * BATCH) {
-            uint32_t a[BATCH][4], b[BATCH][2];
+        for (int from = warp * segment; from < end; from += PIECE, turn ^= 1) {
+            int columns = min(end - from, (int)PIECE);
+            copy_run<TOKENS>(m, own, v, v.router + (int64_t)n * v.E * v.D, t0, e0, from, columns);
+            kl_mbar_wait(&m.full[warp], turn);
+            for (int k = 0; k < columns; k += 16 * BATCH) {
+                uint32_t a[BATCH][4], b[BATCH][4];
 #pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                int k = from + 16 * i + c, low = k < end ? k : v.D, high = k + 8 < end ? k + 8 : v.D;
-                a[i][0] = pair_at(x0, low, v.D, there0), a[i][1] = pair_at(x1, low, v.D, there1);
-                a[i][2] = pair_at(x0, high, v.D, there0), a[i][3] = pair_at(x1, high, v.D, there1);
-                b[i][0] = pair_at(w, low, v.D, there), b[i][1] = pair_at(w, high, v.D, there);
+                for (int i = 0; i < BATCH; i++) {
+                    int at = 2 * (k + 16 * i < columns ? k + 16 * i : k);
+                    if (TOKENS == 8) {
+                        kl_ldmatrix4(b[i], (lane < 16 ? x : w) + at + (lane & 8) * 2);
+                        a[i][0] = b[i][0], a[i][1] = 0, a[i][2] = b[i][1], a[i][3] = 0, b[i][0] = b[i][2], b[i][1] = b[i][3];
+                    } else {
+                        kl_ldmatrix4(a[i], x + at + (lane & 16));
+                        kl_ldmatrix2(b[i], w + at + (lane & 8) * 2);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < BATCH; i++)
+                    if (k + 16 * i < columns)
+                        kl_mma(sum, a[i], b[i]);
             }
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                kl_mma(sum, a[i], b[i]);
+            __syncwarp();
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            partial[((n * SEGMENTS + warp) * 16 + g + 8 * (i >> 1)) * 8 + c + (i & 1)] = sum[i];
+            m.partial[n][warp][g + 8 * (i >> 1)][c + (i & 1)] = sum[i];
     }
     __syncthreads();
     int t = (int)threadIdx.x / 8, e = (int)threadIdx.x % 8;
     if (threadIdx.x >= 8 * TOKENS || t0 + t >= v.T || e0 + e >= v.E)
         return;
     float sum = 0.0f;
-    for (int n = 0; n < v.parts * SEGMENTS; n++)
-        sum += partial[(n * 16 + t) * 8 + e];
+    for (int n = 0; n < v.parts; n++)
+#pragma unroll
+        for (int i = 0; i < SEGMENTS; i++)
+            sum += m.partial[n][i][t][e];
     logit[(int64_t)(t0 + t) * v.E + e0 + e] = sum;
 }
 
@@ -269,7 +307,7 @@ kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, 
     if (count <= FEW_TOKENS) {
         g.x = moe_ceil(count, count <= 8 ? 8 : 16) * moe_ceil(p->E, 8);
         g.threads = 32 * SEGMENTS;
-        g.shared = (size_t)v.parts * SEGMENTS * 128 * sizeof(float);
+        g.shared = sizeof(few) + SEGMENTS * PIECE_ROW * (size_t)(count < 16 ? count : 16);
         return kl_launch(ctx, "moe logits", g, count <= 8 ? logits_few<8> : logits_few<16>, v, r->logit, segment_of(p->D), cleared);
     }
     g.x = moe_ceil(count, TILE) * moe_ceil(p->E, TILE);

@@ -9,10 +9,13 @@
 
 namespace {
 
-enum { ROWS = 64, PANEL = ROWS * 128, A_PANELS = 4, B_PANELS = 3, STAGES = 4, THREADS = 384, M = 64 * A_PANELS, N = 64 * B_PANELS };
+enum { ROWS = 64, PANEL = ROWS * 128, A_PANELS = 4, B_PANELS = 3, STAGES = 3, THREADS = 384, M = 64 * A_PANELS, N = 64 * B_PANELS };
+/* Bytes from row to row where sums lie to be added: rows that a warp writes together begin eight banks apart. */
+enum { STAGE_ROW = 4 * N + 32 };
 
 struct shared {
     unsigned char a[STAGES][A_PANELS][PANEL], b[STAGES][B_PANELS][PANEL];
+    unsigned char stage[8][8 * STAGE_ROW]; /* of a warp */
     uint64_t full[STAGES], empty[STAGES];
 };
 
@@ -85,21 +88,48 @@ __device__ __forceinline__ void fetch(shared &m, const moe_weight_product &p, in
     }
 }
 
-/* Rows of `half` of c: lane 4 g + t has rows g and g + 8 of each warp's 16. Of two weights, eight by eight, g is a row of the first, g + 8 of the second. */
-__device__ __forceinline__ void add_half(const moe_weight_product &p, const item &it, const float *c, int from)
+/* Adds eight rows of c to what is there: through shared memory, so that a warp asks for whole runs of a row at a time. Lane 4 g + t has columns
+ * 8 n + 2 t, 8 n + 2 t + 1 of row g in c[4 n], c[4 n + 1]. */
+__device__ __forceinline__ void add_rows(unsigned char *stage, const float *c, float *out, int J, int columns)
 {
-    int lane = kl_lane(), i = from + lane / 4, two = p.out[1] != p.out[0];
-    int row0 = two ? from / 2 + lane / 4 : i, row1 = two ? row0 : i + 8;
-    float *to0 = from < p.I ? p.out[0][it.expert] : nullptr, *to1 = from + 8 < p.I ? p.out[1][it.expert] : nullptr;
-    to0 = to0 ? to0 + (size_t)row0 * p.J : nullptr;
-    to1 = to1 ? to1 + (size_t)row1 * p.J : nullptr;
+    enum { RUNS = N / 64, PAIRS = 2 }; /* half a warp asks for runs of 64 numbers of a row, of two pairs of rows at a time */
+    int lane = kl_lane(), row = lane / 16, column = lane % 16 * 4;
 #pragma unroll
-    for (int n = 0; n < N / 8; n++) {
-        int j = it.j + 8 * n + 2 * (lane & 3);
-        if (to0 && j < p.J)
-            kl_add_pair(to0 + j, c[4 * n], c[4 * n + 1]);
-        if (to1 && j < p.J)
-            kl_add_pair(to1 + j, c[4 * n + 2], c[4 * n + 3]);
+    for (int n = 0; n < N / 8; n++)
+        *(float2 *)(stage + lane / 4 * STAGE_ROW + (8 * n + 2 * (lane & 3)) * 4) = make_float2(c[4 * n], c[4 * n + 1]);
+    __syncwarp();
+    out += (size_t)row * J + column;
+    stage += row * STAGE_ROW + column * 4;
+#pragma unroll 1
+    for (int first = 0; first < 8; first += 2 * PAIRS, out += 2 * PAIRS * J, stage += 2 * PAIRS * STAGE_ROW) {
+        float4 old[PAIRS][RUNS];
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+            for (int run = 0; run < RUNS; run++)
+                if (64 * run + column < columns)
+                    old[i][run] = __ldcs((const float4 *)(out + 2 * i * J + 64 * run));
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+            for (int run = 0; run < RUNS; run++) {
+                float4 sum = old[i][run], add = *(const float4 *)(stage + 2 * i * STAGE_ROW + 256 * run);
+                if (64 * run + column < columns)
+                    __stcs((float4 *)(out + 2 * i * J + 64 * run), make_float4(sum.x + add.x, sum.y + add.y, sum.z + add.z, sum.w + add.w));
+            }
+    }
+    __syncwarp();
+}
+
+/* The warp's 16 rows of c from row `from` on. Of two weights, eight by eight, the first eight are rows of the first, the others of the second. */
+__device__ __forceinline__ void add_half(unsigned char *stage, const moe_weight_product &p, const item &it, const float *c, int from)
+{
+    bool two = p.out[1] != p.out[0];
+#pragma unroll
+    for (int eight = 0; eight < 2; eight++) {
+        float *rows = from + 8 * eight < p.I ? p.out[eight][it.expert] : nullptr;
+        if (rows)
+            add_rows(stage, c + 2 * eight, rows + (size_t)(two ? from / 2 : from + 8 * eight) * p.J + it.j, p.J, p.J - it.j);
     }
 }
 
@@ -133,7 +163,7 @@ __device__ __forceinline__ void multiply(shared &m, const moe_weight_product &p,
             kl_mbar_arrive(&m.empty[(use - 1) % STAGES]);
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            add_half(p, it, c[half], it.i + 128 * own + 64 * half + 16 * (thread / 32));
+            add_half(m.stage[4 * own + thread / 32], p, it, c[half], it.i + 128 * own + 64 * half + 16 * (thread / 32));
     }
 }
 
@@ -153,10 +183,10 @@ __global__ void __launch_bounds__(THREADS, 1) weight_products(const __grid_const
     kl_grid_wait();
     kl_grid_release();
     if (role == 0) {
-        kl_registers_fewer<56>();
+        kl_registers_fewer<40>();
         fetch(m, p, thread);
     } else {
-        kl_registers_more<224>();
+        kl_registers_more<232>();
         multiply(m, p, role - 1, thread);
     }
 }
