@@ -365,6 +365,8 @@ work spread(const kl_ctx *ctx, const kda_problem *p, int64_t *time)
                 w.items = (int)(tiles * lanes);
                 w.wide = wide;
             }
+            if (walk >= std::max(prepare, CACHE * all))
+                break; /* fewer lanes are longer ones */
         }
     }
     if (!w.lanes)
