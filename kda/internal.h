@@ -89,11 +89,19 @@ kl_status dplr_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *worksp
  * walk reads, by itself for tests and timings. *tiles is where in the workspace they begin. */
 size_t kda_cuda_tiles_workspace(const kda_problem *p, bool core);
 kl_status kda_cuda_tiles(const kl_ctx *ctx, const kda_problem *p, bool core, void *workspace, size_t bytes, const void **tiles);
-bool kda_cuda_persistent_pays(const kl_ctx *ctx, const kda_problem *p); /* is it faster than two passes? */
+/* Nanoseconds that a form should take, INT64_MAX: it is not to be had. */
+int64_t kda_cuda_persistent_time(const kl_ctx *ctx, const kda_problem *p);
 size_t kda_cuda_persistent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_persistent_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+/* Preparation and walk at the same time, in two kernels. */
+int64_t kda_cuda_follow_time(const kl_ctx *ctx, const kda_problem *p);
+size_t kda_cuda_follow_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status kda_cuda_follow_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
+/* The same with a first part and later ones of so many tiles, for tests and timings. */
+size_t kda_cuda_follow_cut_workspace(const kda_problem *p, int64_t first, int64_t each);
+kl_status kda_cuda_follow_cut(const kl_ctx *ctx, const kda_problem *p, int64_t first, int64_t each, void *workspace, size_t bytes);
 /* Sequences cut into parts that are walked over at the same time (kda/cuda/parts.cuh). */
-bool kda_cuda_scan_pays(const kl_ctx *ctx, const kda_problem *p);
+int64_t kda_cuda_scan_time(const kl_ctx *ctx, const kda_problem *p);
 size_t kda_cuda_scan_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
 kl_status kda_cuda_scan_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 /* The same with parts of so many tiles and a carried state every `span` parts (0: none), for tests and timings. *start is where in

@@ -58,6 +58,7 @@ static kl_status check_cuda_chunk_forward(const void *problem, kl_pass pass, con
 }
 static kl_status check_cuda_two_pass(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_two_pass"); }
 static kl_status check_cuda_scan(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_scan"); }
+static kl_status check_cuda_follow(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_follow"); }
 static kl_status check_cuda_persistent(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_persistent"); }
 #endif
 
@@ -157,6 +158,14 @@ static kl_status run_cuda_scan(kl_ctx *ctx, const void *problem, void *workspace
     return kda_cuda_scan_forward(ctx, problem, workspace, bytes);
 }
 
+static kl_status run_cuda_follow(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(check_cuda_follow(problem, KL_FORWARD));
+    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_follow"));
+    return kda_cuda_follow_forward(ctx, problem, workspace, bytes);
+}
+
 static kl_status run_cuda_persistent(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
     KL_TRY(kda_validate(ctx, problem));
@@ -180,6 +189,8 @@ static const kl_variant variants[] = {
      kda_cuda_two_pass_workspace, run_cuda_two_pass, NULL, cost_chunk},
     {"kda", "chunk_scan", KL_CUDA, "the same tiles, sequences cut into parts that are walked over at the same time", check_cuda_scan,
      kda_cuda_scan_workspace, run_cuda_scan, NULL, cost_chunk},
+    {"kda", "chunk_follow", KL_CUDA, "the same tiles, walked over while later ones are prepared by another kernel", check_cuda_follow,
+     kda_cuda_follow_workspace, run_cuda_follow, NULL, cost_chunk},
     {"kda", "chunk_persistent", KL_CUDA, "the same tiles through a ring in the second cache, a block on every multiprocessor", check_cuda_persistent,
      kda_cuda_persistent_workspace, run_cuda_persistent, NULL, cost_chunk},
 #endif

@@ -201,6 +201,10 @@ static void run_scan(kl_ctx *ctx)
         assert_ok(kl_gpu_alloc(ctx, &workspace, bytes));
         assert_ok(kda_cuda_scan_cut(ctx, p, 1, 1, workspace, bytes, &start));
         kl_gpu_free(ctx, workspace);
+        bytes = kda_cuda_follow_cut_workspace(p, 1, 1);
+        assert_ok(kl_gpu_alloc(ctx, &workspace, bytes));
+        assert_ok(kda_cuda_follow_cut(ctx, p, 1, 1, workspace, bytes));
+        kl_gpu_free(ctx, workspace);
         kl_case_free(&c);
     }
 #else

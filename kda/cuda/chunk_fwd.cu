@@ -1,5 +1,8 @@
 /* The chunk forward in two passes: one kernel prepares the tiles of all heads into the workspace, another walks over them,
  * its blocks there as soon as the last tiles leave them room. */
+#include <algorithm>
+
+#include "common/gpu.h"
 #include "kda/cuda/prepare.cuh"
 #include "kda/cuda/walk_wide.cuh"
 
@@ -145,19 +148,48 @@ kl_status kda_cuda_two_pass_forward(kl_ctx *ctx, const void *problem, void *work
     }
 }
 
-/* The form that should be the fastest. */
+/* ---- the form that should take the least time ---- */
+
+/* Measured nanoseconds of two passes: of a block for a tile walked over; of memory for a block's tile; of a multiprocessor for a tile
+ * prepared; before the first and after the last. */
+enum { WALK_TILE = 570, READ = 12, PREPARE = 2150, START = 10000 };
+
+static int64_t two_pass_time(const kl_ctx *ctx, const kda_problem *p)
+{
+    int64_t blocks = kl_gpu_multiprocessors(ctx), all = kda_tile_count(p) * p->HV, parts = kda_ceil(p->V, (int)KDA_WIDE_COLUMNS);
+    int64_t rounds = kda_ceil(p->N * p->HV * parts, blocks), longest = kda_ceil(kda_longest(p->T, p->N, p->cu_seqlens), kda_tile_tokens(p));
+    return START + all * PREPARE / blocks + std::max(longest * rounds * WALK_TILE, all * parts * READ);
+}
+
+static const struct form {
+    int64_t (*time)(const kl_ctx *, const kda_problem *); /* nanoseconds that it should take; INT64_MAX: not to be had */
+    size_t (*workspace)(const kl_ctx *, const void *, kl_pass);
+    kl_status (*forward)(kl_ctx *, const void *, void *, size_t);
+} forms[] = {{two_pass_time, kda_cuda_two_pass_workspace, kda_cuda_two_pass_forward},
+             {kda_cuda_persistent_time, kda_cuda_persistent_workspace, kda_cuda_persistent_forward},
+             {kda_cuda_follow_time, kda_cuda_follow_workspace, kda_cuda_follow_forward},
+             {kda_cuda_scan_time, kda_cuda_scan_workspace, kda_cuda_scan_forward}};
+
+static const form &fastest(const kl_ctx *ctx, const kda_problem *p)
+{
+    const form *best = forms;
+    int64_t least = INT64_MAX;
+    for (const form &f : forms) {
+        int64_t time = f.time(ctx, p);
+        if (time < least) {
+            least = time;
+            best = &f;
+        }
+    }
+    return *best;
+}
+
 size_t kda_cuda_chunk_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
 {
-    const kda_problem *p = (const kda_problem *)problem;
-    if (kda_cuda_scan_pays(ctx, p))
-        return kda_cuda_scan_workspace(ctx, p, pass);
-    return kda_cuda_persistent_pays(ctx, p) ? kda_cuda_persistent_workspace(ctx, p, pass) : kda_cuda_two_pass_workspace(ctx, p, pass);
+    return fastest(ctx, (const kda_problem *)problem).workspace(ctx, problem, pass);
 }
 
 kl_status kda_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
-    const kda_problem *p = (const kda_problem *)problem;
-    if (kda_cuda_scan_pays(ctx, p))
-        return kda_cuda_scan_forward(ctx, p, workspace, bytes);
-    return kda_cuda_persistent_pays(ctx, p) ? kda_cuda_persistent_forward(ctx, p, workspace, bytes) : kda_cuda_two_pass_forward(ctx, p, workspace, bytes);
+    return fastest(ctx, (const kda_problem *)problem).forward(ctx, problem, workspace, bytes);
 }

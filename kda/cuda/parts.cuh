@@ -25,8 +25,8 @@ struct kda_parts {
 
 /* Parts of so many tiles, rounded up to whole chunks where their states are wanted; span 0: nothing is carried. */
 kda_parts kda_parts_cut(const kda_problem *p, int64_t tiles, int64_t span);
-/* The parts that cost least; sequences 0: none, or the problem cannot be cut. */
-kda_parts kda_parts_of(const kl_ctx *ctx, const kda_problem *p);
+/* The parts that cost least, and the nanoseconds that they should take; sequences 0: none, or the problem cannot be cut. */
+kda_parts kda_parts_of(const kl_ctx *ctx, const kda_problem *p, int64_t *time);
 
 /* Looks where parts may start (below), and copies h0 to `kept`, [sequences][HV][K,V] in kda_path_of's order, unless that is NULL. */
 kl_status kda_look(const kl_ctx *ctx, const kda_problem *p, const kda_parts &parts, const kda_walk &walk, const unsigned char *tiles, int *start, float *kept);

@@ -324,10 +324,8 @@ template <class F> __global__ void __launch_bounds__(THREADS, 1) everywhere(cons
 /* ---- the host's side ---- */
 
 /* Measured nanoseconds: of a block for a tile walked over, by 64 or 128 columns, and for a head begun; of a multiprocessor for a tile
- * prepared; of the second cache for a tile; before the first tile is there. In two passes: for a tile walked over, by latency and by
- * memory; before the first. */
-enum { WALK_64 = 660, WALK_128 = 980, BEGIN = 6000, PREPARE = 2150, CACHE = 29, START = 12000 };
-enum { PASS_WALK = 570, PASS_READ = 12, PASS_START = 10000 };
+ * prepared; of the second cache for a tile; before the first tile is there. */
+enum { WALK_64 = 620, WALK_128 = 980, BEGIN = 6000, PREPARE = 2150, CACHE = 29, START = 14000 };
 
 /* Tiles of the longest lane. */
 int64_t longest_lane(const kda_problem *p, const int64_t *order, int64_t pairs, int64_t lanes)
@@ -404,14 +402,11 @@ template <class F> kl_status launch(const kl_ctx *ctx, const work &w)
 
 } // namespace
 
-/* Against two passes, which have nobody to wait for and whose tiles go through memory. */
-bool kda_cuda_persistent_pays(const kl_ctx *ctx, const kda_problem *p)
+int64_t kda_cuda_persistent_time(const kl_ctx *ctx, const kda_problem *p)
 {
-    int64_t blocks = kl_gpu_multiprocessors(ctx), all = kda_tile_count(p) * p->HV, parts = kda_ceil(p->V, COLUMNS), time;
+    int64_t time;
     spread(ctx, p, &time);
-    int64_t rounds = kda_ceil(p->N * p->HV * parts, blocks), longest = kda_ceil(kda_longest(p->T, p->N, p->cu_seqlens), kda_tile_tokens(p));
-    int64_t walk = std::max(longest * rounds * PASS_WALK, all * parts * PASS_READ);
-    return time < PASS_START + all * PREPARE / blocks + walk;
+    return time;
 }
 
 size_t kda_cuda_persistent_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)

@@ -235,18 +235,25 @@ kl_status kda_cuda_scan_cut(const kl_ctx *ctx, const kda_problem *p, int64_t til
     return forward(ctx, p, kda_parts_cut(p, tiles, span), workspace, bytes, start);
 }
 
-bool kda_cuda_scan_pays(const kl_ctx *ctx, const kda_problem *p) { return kda_parts_of(ctx, p).sequences > 0; }
+int64_t kda_cuda_scan_time(const kl_ctx *ctx, const kda_problem *p)
+{
+    int64_t time;
+    kda_parts_of(ctx, p, &time);
+    return time;
+}
 
 size_t kda_cuda_scan_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass)
 {
     const kda_problem *p = (const kda_problem *)problem;
-    kda_parts parts = kda_parts_of(ctx, p);
+    int64_t time;
+    kda_parts parts = kda_parts_of(ctx, p, &time);
     return parts.sequences ? room(p, parts) : kda_cuda_two_pass_workspace(ctx, p, pass);
 }
 
 kl_status kda_cuda_scan_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
     const kda_problem *p = (const kda_problem *)problem;
-    kda_parts parts = kda_parts_of(ctx, p);
+    int64_t time;
+    kda_parts parts = kda_parts_of(ctx, p, &time);
     return parts.sequences ? forward(ctx, p, parts, workspace, bytes, nullptr) : kda_cuda_two_pass_forward(ctx, p, workspace, bytes);
 }

@@ -353,16 +353,18 @@ template <class Ring> struct kda_wide_warp {
     }
 };
 
-/* All 128 threads of the warpgroup; warp: 0 to 3, the same for all of a warp by __shfl_sync. */
-template <class Ring>
-__device__ __forceinline__ void kda_wide_compute(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, int warp, int part = 0)
+/* All 128 threads of the warpgroup; warp: 0 to 3, the same for all of a warp by __shfl_sync. load and store: the warp's state
+ * before and after, s and its first column. */
+template <class Ring, class Load, class Store>
+__device__ __forceinline__ void kda_wide_compute(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, int warp, int part,
+                                                 Load load, Store store)
 {
     constexpr int KP = Ring::KP;
     int tiles_a_chunk = p.sequences.chunk / p.sequences.tile;
     int64_t size = (int64_t)p.K * p.V;
     kda_wide_warp<Ring> own(m, part, warp);
     column += KDA_COLUMNS * warp;
-    kda_load_state<KP>(own.s, p, x.h0, column);
+    load(own.s, column);
     for (int i = x.begin, end; i < x.end; i = end) {
         end = x.end;
         if (p.chunk_states) {
@@ -373,8 +375,18 @@ __device__ __forceinline__ void kda_wide_compute(Ring &m, const kda_walk &p, con
         }
         own.walk(x.number + i - x.begin, x.number + end - 1 - x.begin);
     }
-    if (x.ht)
-        kda_store_state<KP>(own.s, p, x.ht, column);
+    store(own.s, column);
+}
+template <class Ring>
+__device__ __forceinline__ void kda_wide_compute(Ring &m, const kda_walk &p, const kda_path &path, const kda_stretch &x, int column, int warp, int part = 0)
+{
+    constexpr int KP = Ring::KP;
+    auto load = [&](float s[KP / 8][4], int c) { kda_load_state<KP>(s, p, x.h0, c); };
+    auto store = [&](const float s[KP / 8][4], int c) {
+        if (x.ht)
+            kda_store_state<KP>(s, p, x.ht, c);
+    };
+    kda_wide_compute(m, p, path, x, column, warp, part, load, store);
 }
 
 #endif
