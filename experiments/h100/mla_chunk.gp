@@ -4,7 +4,9 @@ set terminal svg size 760,360 font "sans,12" background rgb "white"
 set output out
 set style fill solid 0.9 noborder
 set boxwidth 0.2
-set yrange [0:850]
+set key font ",10"
+set yrange [0:1000]
+set xtics nomirror
 set ylabel "TFLOP/s"
 set grid ytics
 set multiplot layout 1,2
@@ -13,7 +15,7 @@ set xrange [-0.5:2.5]
 set title "forward"
 plot pick("fwd", "peers_mla", "cudnn") using ($0-0.22):5 with boxes lc rgb "#9a9a9a" title "cuDNN, attention alone", \
      pick("fwd", "mla_alone", "chunk") using ($0):5:xtic(2) with boxes lc rgb "#5a9ac0" title "attention, hardly any expansion", \
-     pick("fwd", "mla_prefill", "chunk") using ($0+0.22):5:xtic(2) with boxes lc rgb "#1f5a7a" title "with the expansion"
+     pick("fwd", "mla_prefill", "chunk") using ($0+0.22):5 with boxes lc rgb "#1f5a7a" title "with the expansion"
 set xrange [-0.5:1.5]
 set title "backward"
 plot pick("bwd", "peers_mla", "cudnn") using ($0-0.33):5 with boxes lc rgb "#9a9a9a" title "cuDNN, attention alone", \

@@ -5,7 +5,7 @@ set terminal svg size 480,360 font "sans,12" background rgb "white"
 set output out
 set style fill solid 0.9 noborder
 set boxwidth 0.5
-set yrange [0:3600]
+set yrange [0:4000]
 set xrange [-0.6:2.6]
 set ylabel "GB/s of latents, weights, queries and results"
 set xlabel "keys a sequence, heads, sequences"

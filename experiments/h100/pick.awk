@@ -6,7 +6,7 @@ function field(name,    at) {
     if (!at)
         return ""
     at = substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3)
-    gsub(/"/, "", at)
+    gsub(/["]|^ +/, "", at)
     return at
 }
 function wanted() {
@@ -15,7 +15,7 @@ function wanted() {
 }
 BEGIN { if (key == "") key = "graph_us" }
 wanted() {
-    shape = field("T") " " field("H") " " field("N")
+    shape = field("T") " " field("H") " " (field("N") == "" ? 1 : field("N"))
     if (field("lengths") != "")
         shape = field("T") " " field("H") " " field("N") "+"
     if (!(shape in value)) {
