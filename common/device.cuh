@@ -63,7 +63,13 @@ __device__ __forceinline__ float kl_warp_sum(float x)
     return x;
 }
 
+/* KL_LANE_ANEW, defined ahead of this by a file with a long loop: asked anew at every use, so that what follows from it is worked out where
+ * it is wanted and not kept in registers all along. */
+#ifdef KL_LANE_ANEW
+__device__ __forceinline__ int kl_lane() { return kl_lane_anew(); }
+#else
 __device__ __forceinline__ int kl_lane() { return (int)(threadIdx.x & 31); }
+#endif
 
 /* Copies bytes from host memory to dst on the stream, through kernel parameters: the source may go as soon as
  * this returns, nothing waits, and a captured graph keeps the values. For tables of a few kilobytes to a megabyte. */

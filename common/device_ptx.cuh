@@ -191,6 +191,14 @@ __device__ __forceinline__ uint32_t kl_movmatrix_trans(uint32_t x)
     return r;
 }
 
+/* The lane, by an instruction that is neither moved nor shared between uses. */
+__device__ __forceinline__ int kl_lane_anew()
+{
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 /* ---- barriers ---- */
 
 /* Barrier id 1..15 among `threads` threads of the block (whole warps). */

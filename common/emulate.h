@@ -448,6 +448,7 @@ static inline void kl_cluster_sync() { kl_emulated_cluster_barrier(); }
 template <class T> static inline T *kl_peer(T *shared, int rank) { return (T *)kl_emulated_peer(shared, rank); }
 static inline void kl_grid_wait() {}
 static inline void kl_grid_release() {}
+static inline int kl_lane_anew() { return (int)(threadIdx.x & 31); }
 template <int count> static inline void kl_registers_fewer() {}
 template <int count> static inline void kl_registers_more() {}
 
