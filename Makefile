@@ -48,7 +48,7 @@ CUDA_ARCHS := $(or $(if $(filter 9.0,$(DEVICES)),90a) $(if $(filter-out 9.0,$(DE
 endif
 HOPPER     := -gencode arch=compute_90a$(,)code=sm_90a
 PLAIN      := $(foreach a,$(filter-out 90a,$(CUDA_ARCHS)),-gencode arch=compute_$a$(,)code=compute_$a)
-nvarch      = $(if $(filter mla/% moe/% tests/%,$1),$(HOPPER),$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER)) $(PLAIN))
+nvarch      = $(if $(filter mla/% moe/% tests/% kda/cuda/fused.cu,$1),$(HOPPER),$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER)) $(PLAIN))
 LDLIBS   = $(DEP_LIBS) -fopenmp -lm
 ifeq ($(CUDA),1)
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))

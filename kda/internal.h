@@ -100,6 +100,10 @@ kl_status kda_cuda_follow_forward(kl_ctx *ctx, const void *problem, void *worksp
 /* The same with a first part and later ones of so many tiles, for tests and timings. */
 size_t kda_cuda_follow_cut_workspace(const kda_problem *p, int64_t first, int64_t each);
 kl_status kda_cuda_follow_cut(const kl_ctx *ctx, const kda_problem *p, int64_t first, int64_t each, void *workspace, size_t bytes);
+/* Preparation and walk in one block, whole heads, tiles in shared memory alone; nanoseconds that it should take, INT64_MAX: it is not to be had. */
+int64_t kda_cuda_fused_time(const kl_ctx *ctx, const kda_problem *p);
+size_t kda_cuda_fused_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);
+kl_status kda_cuda_fused_forward(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes);
 /* Sequences cut into parts that are walked over at the same time (kda/cuda/parts.cuh). */
 int64_t kda_cuda_scan_time(const kl_ctx *ctx, const kda_problem *p);
 size_t kda_cuda_scan_workspace(const kl_ctx *ctx, const void *problem, kl_pass pass);

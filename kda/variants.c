@@ -59,6 +59,7 @@ static kl_status check_cuda_chunk_forward(const void *problem, kl_pass pass, con
 static kl_status check_cuda_two_pass(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_two_pass"); }
 static kl_status check_cuda_scan(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_scan"); }
 static kl_status check_cuda_follow(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_follow"); }
+static kl_status check_cuda_fused(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_fused"); }
 static kl_status check_cuda_persistent(const void *problem, kl_pass pass) { return check_cuda_chunk_forward(problem, pass, "chunk_persistent"); }
 #endif
 
@@ -166,6 +167,14 @@ static kl_status run_cuda_follow(kl_ctx *ctx, const void *problem, void *workspa
     return kda_cuda_follow_forward(ctx, problem, workspace, bytes);
 }
 
+static kl_status run_cuda_fused(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
+{
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(check_cuda_fused(problem, KL_FORWARD));
+    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_fused"));
+    return kda_cuda_fused_forward(ctx, problem, workspace, bytes);
+}
+
 static kl_status run_cuda_persistent(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
     KL_TRY(kda_validate(ctx, problem));
@@ -185,6 +194,8 @@ static const kl_variant variants[] = {
      kda_cuda_recurrent_workspace, run_cuda_recurrent, NULL, cost_recurrent},
     {"kda", "chunk", KL_CUDA, "tiles of 32 tokens on the tensor cores, bfloat16: the fastest of those below", check_cuda_chunk,
      workspace_cuda_chunk, run_cuda_chunk, run_cuda_chunk_backward, cost_chunk},
+    {"kda", "chunk_fused", KL_CUDA, "the same tiles, prepared and walked over in one block, whole heads: many heads", check_cuda_fused,
+     kda_cuda_fused_workspace, run_cuda_fused, NULL, cost_chunk},
     {"kda", "chunk_two_pass", KL_CUDA, "the same tiles, all prepared before the walk: any K and V", check_cuda_two_pass,
      kda_cuda_two_pass_workspace, run_cuda_two_pass, NULL, cost_chunk},
     {"kda", "chunk_scan", KL_CUDA, "the same tiles, sequences cut into parts that are walked over at the same time", check_cuda_scan,

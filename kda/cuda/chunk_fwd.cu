@@ -168,6 +168,7 @@ static const struct form {
 } forms[] = {{two_pass_time, kda_cuda_two_pass_workspace, kda_cuda_two_pass_forward},
              {kda_cuda_persistent_time, kda_cuda_persistent_workspace, kda_cuda_persistent_forward},
              {kda_cuda_follow_time, kda_cuda_follow_workspace, kda_cuda_follow_forward},
+             {kda_cuda_fused_time, kda_cuda_fused_workspace, kda_cuda_fused_forward},
              {kda_cuda_scan_time, kda_cuda_scan_workspace, kda_cuda_scan_forward}};
 
 static const form &fastest(const kl_ctx *ctx, const kda_problem *p)
