@@ -15,9 +15,8 @@ set multiplot layout 1,2
 set key top left reverse Left samplen 2
 set xrange [-0.5:2.5]
 set title "forward"
-plot pick("fwd", "peers_mla", "cudnn") using (at($2)-0.22):5 with boxes lc rgb "#9a9a9a" title "cuDNN, attention alone", \
-     pick("fwd", "mla_alone", "chunk") using (at($2)):5 with boxes lc rgb "#5a9ac0" title "attention, hardly any expansion", \
-     pick("fwd", "mla_prefill", "chunk") using (at($2)+0.22):5 with boxes lc rgb "#1f5a7a" title "with the expansion"
+plot pick("fwd", "peers_mla", "cudnn") using (at($2)-0.11):5 with boxes lc rgb "#9a9a9a" title "cuDNN, attention alone", \
+     pick("fwd", "mla_prefill", "chunk") using (at($2)+0.11):5 with boxes lc rgb "#1f5a7a" title "with the expansion"
 set xrange [-0.5:1.5]
 set title "backward"
 plot pick("bwd", "peers_mla", "cudnn") using (at($2)-0.33):5 with boxes lc rgb "#9a9a9a" title "cuDNN, attention alone", \

@@ -81,7 +81,7 @@ bench_all() {
     step "MLA, hardly any expansion" bench mla_alone --shapes alone --variant chunk
     step "MLA, the end of a long context" bench mla_late --shapes late
     step "MLA, some queries behind many keys" bench mla_few --shapes few
-    step "MLA, decoding" bench mla_decode --shapes decode
+    step "MLA, decoding" bench mla_decode --shapes decode --variant recurrent
     step "MoE, forward" bench moe_tokens --shapes tokens
     step "MoE, backward" bench moe_train --shapes train
     step "layers" bench layers
