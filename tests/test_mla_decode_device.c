@@ -130,7 +130,7 @@ static void *sent_bf16(const float *x, int64_t n)
     return there;
 }
 
-/* The problem on the device; freed by run(). */
+/* The problem on the device; freed by run_placed(). */
 static mla_problem placed(const tensors *x)
 {
     mla_problem p = x->p;
@@ -150,9 +150,8 @@ static void leave(mla_problem *p)
         kl_gpu_free(ctx, all[i]);
 }
 
-static void run(tensors *x)
+static void run_placed(tensors *x, mla_problem p)
 {
-    mla_problem p = placed(x);
     size_t bytes = variant->workspace(ctx, &p, KL_FORWARD);
     void *workspace;
     uint16_t *o = room((size_t)x->o_size * 2);
@@ -166,6 +165,8 @@ static void run(tensors *x)
     free(o);
     leave(&p);
 }
+
+static void run(tensors *x) { run_placed(x, placed(x)); }
 
 static void reference(const tensors *x)
 {
@@ -262,6 +263,31 @@ static void the_same_bits_again(void **state)
     drop(&x);
 }
 
+/* Latent rows beyond 2^31 elements have the same bits as at a cache's beginning. */
+static void beyond_two_to_the_31(void **state)
+{
+    NEEDS_DEVICE();
+    int64_t far = ((int64_t)1 << 31) / WIDTH + 1000, keys = 200;
+    void *cache;
+    if (kl_failed(kl_gpu_alloc(ctx, &cache, (size_t)((far + keys) * WIDTH) * 2)))
+        skip();
+    tensors x;
+    make(&x, &(batch){.N = 1, .H = 2, .Dv = 128, .queries = {3}, .keys = {keys}, .size = 1.0f});
+    run(&x);
+    float *near_by = room((size_t)x.o_size * sizeof(float));
+    memcpy(near_by, x.got_o, (size_t)x.o_size * sizeof(float));
+    mla_problem p = placed(&x);
+    assert_ok(kl_gpu_copy(ctx, (uint16_t *)cache + far * WIDTH, x.latent + x.kv_start[0] * WIDTH, (size_t)(keys * WIDTH) * 2));
+    kl_gpu_free(ctx, (void *)p.latent);
+    p.latent = cache;
+    p.latent_rows = far + keys;
+    x.kv_start[0] = far;
+    run_placed(&x, p);
+    assert_memory_equal(near_by, x.got_o, (size_t)x.o_size * sizeof(float));
+    free(near_by);
+    drop(&x);
+}
+
 /* Refused by name before anything is launched. */
 static void bad_problems(void **state)
 {
@@ -306,7 +332,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(unequal_lengths),  cmocka_unit_test(one_key),        cmocka_unit_test(several_tokens),
         cmocka_unit_test(every_count_of_heads), cmocka_unit_test(many_sequences), cmocka_unit_test(large_logits),
-        cmocka_unit_test(split_boundaries), cmocka_unit_test(the_same_bits_again), cmocka_unit_test(bad_problems),
+        cmocka_unit_test(split_boundaries), cmocka_unit_test(the_same_bits_again), cmocka_unit_test(beyond_two_to_the_31),
+        cmocka_unit_test(bad_problems),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }
