@@ -16,7 +16,7 @@
 
 /* The device that is played, and what of its memory is taken. */
 static int capability = 90;
-static size_t memory = (size_t)4 << 30;
+static size_t memory = (size_t)8 << 30;
 static std::atomic<size_t> taken;
 
 void kl_gpu_emulate(int as_capability, size_t as_memory, bool runs)
