@@ -10,12 +10,11 @@
 #include <stdlib.h>
 
 #include "common/compare.h"
-#include "common/gpu.h"
 #include "harness/reference_variants.h"
 #include "kda/internal.h"
+#include "tests/device.h"
 #include "tests/expect.h"
 
-static kl_ctx *ctx;
 static kl_scratch scratch;
 static const kl_variant *fused;
 
@@ -27,23 +26,15 @@ static int open_device(void **state)
     for (int i = 0; i < count; i++)
         if (v[i].device == KL_CUDA && !strcmp(v[i].name, "chunk_fused"))
             fused = &v[i];
-    return fused && kl_gpu_count() > 0 && kl_failed(kl_ctx_create(&ctx, &(kl_ctx_options){.device = KL_CUDA}));
+    return fused && open_ctx();
 }
 
 static int close_device(void **state)
 {
     (void)state;
     kl_scratch_free(&scratch);
-    kl_ctx_destroy(ctx);
-    return 0;
+    return close_ctx();
 }
-
-#define NEEDS_DEVICE() \
-    do {               \
-        (void)state;   \
-        if (!ctx)      \
-            skip();    \
-    } while (0)
 
 static const kl_placement bf16 = {.dtype = KL_BF16};
 

@@ -129,9 +129,8 @@ template <int KP> __device__ __forceinline__ void prepare(preparing<KP> &m, cons
         int tokens = rows.tokens;
         at.next(p);
         more = at.there(p);
-        if (more) {
+        if (more)
             locate();
-        }
         auto wait_for_stage = [&] {
             if (thread == 0)
                 kl_mbar_wait(&m.vacant[group], (use & 1) ^ 1);
