@@ -169,11 +169,9 @@ template <int KP> __device__ __forceinline__ void prepare(kda_fused_ring<KP> &m,
             kl_copy_wait<0>();
             kl_barrier(GROUP + group, KDA_GROUP);
         }
-        if (thread == 0) {
+        kl_mbar_arrive(&m.full[slot]);
+        if (!whole && thread == 0)
             kl_mbar_arrive(&m.full[slot]);
-            if (!whole)
-                kl_mbar_arrive(&m.full[slot]);
-        }
     }
 }
 

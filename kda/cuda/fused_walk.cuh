@@ -39,7 +39,7 @@ template <int KP_> struct kda_fused_ring {
 template <class Ring> __device__ __forceinline__ void kda_fused_init(Ring &m)
 {
     for (int i = 0; i < Ring::SLOTS; i++) {
-        kl_mbar_init(&m.full[i], 2); /* the tile, and v */
+        kl_mbar_init(&m.full[i], KDA_GROUP + 1); /* the tile by all of its group, and v */
         kl_mbar_init(&m.empty[i], 128);
     }
     for (int i = 0; i < KDA_FUSED_GROUPS; i++)
