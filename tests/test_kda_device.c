@@ -9,32 +9,13 @@
 
 #include <stdlib.h>
 
-#include "harness/reference_variants.h"
-#include "tests/device.h"
-#include "tests/expect.h"
-
-static kl_scratch scratch;
-
-static int open_device(void **state)
-{
-    (void)state;
-    return open_ctx();
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    kl_scratch_free(&scratch);
-    return close_ctx();
-}
+#include "tests/device_case.h"
 
 /* ---- running ---- */
 
 static void build(kl_case *c, kl_kda_spec spec, const kl_placement *at)
 {
-    spec.seed = spec.seed ? spec.seed : 1;
-    assert_ok(kl_case_kda(c, &spec));
-    assert_ok(kl_case_place(c, at, NULL));
+    new_case(c, spec, at);
     assert_ok(kl_case_upload(ctx, c));
 }
 

@@ -10,40 +10,22 @@
 #include <stdlib.h>
 
 #include "common/compare.h"
-#include "harness/reference_variants.h"
 #include "kda/internal.h"
-#include "tests/device.h"
-#include "tests/expect.h"
+#include "tests/device_case.h"
 
-static kl_scratch scratch;
 static const kl_variant *fused;
 
-static int open_device(void **state)
+static int open_fused(void **state)
 {
-    (void)state;
     int count;
     const kl_variant *v = kda_variants(&count);
     for (int i = 0; i < count; i++)
         if (v[i].device == KL_CUDA && !strcmp(v[i].name, "chunk_fused"))
             fused = &v[i];
-    return fused && open_ctx();
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    kl_scratch_free(&scratch);
-    return close_ctx();
+    return fused && open_device(state);
 }
 
 static const kl_placement bf16 = {.dtype = KL_BF16};
-
-static void build(kl_case *c, kl_kda_spec spec, const kl_placement *at)
-{
-    spec.seed = spec.seed ? spec.seed : 1;
-    assert_ok(kl_case_kda(c, &spec));
-    assert_ok(kl_case_place(c, at, NULL));
-}
 
 static void check_at(kl_case *c)
 {
@@ -63,7 +45,7 @@ static void check(kl_kda_spec spec, kl_placement at)
     kl_case c;
     at.dtype = KL_BF16;
     spec.state = true;
-    build(&c, spec, &at);
+    new_case(&c, spec, &at);
     check_at(&c);
 }
 
@@ -103,7 +85,7 @@ static void a_later_token_never_changes_an_earlier_output(void **state)
         kl_case c;
         float *before = malloc(CUT * K * sizeof *before);
         assert_non_null(before);
-        build(&c, (kl_kda_spec){.T = T, .H = 1, .K = K, .regime = r, .state = true}, &bf16);
+        new_case(&c, (kl_kda_spec){.T = T, .H = 1, .K = K, .regime = r, .state = true}, &bf16);
         for (int changed = 0; changed < 2; changed++) {
             for (int64_t i = CUT * K; i < T * K && changed; i++)
                 ((float *)c.problem.kda.g)[i] = r == KL_REGIME_STRONG ? 0.0f : -40.0f;
@@ -126,5 +108,5 @@ int main(void)
         cmocka_unit_test(layouts_and_pools),
         cmocka_unit_test(a_later_token_never_changes_an_earlier_output),
     };
-    return cmocka_run_group_tests(tests, open_device, close_device);
+    return cmocka_run_group_tests(tests, open_fused, close_device);
 }

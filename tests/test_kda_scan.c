@@ -11,25 +11,8 @@
 
 #include "common/compare.h"
 #include "common/gpu.h"
-#include "harness/reference_variants.h"
 #include "kda/internal.h"
-#include "tests/device.h"
-#include "tests/expect.h"
-
-static kl_scratch scratch;
-
-static int open_device(void **state)
-{
-    (void)state;
-    return open_ctx();
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    kl_scratch_free(&scratch);
-    return close_ctx();
-}
+#include "tests/device_case.h"
 
 /* ---- the scan with the parts that a test asks for, as a variant ---- */
 
@@ -70,13 +53,6 @@ static kl_status any(const void *problem, kl_pass pass)
 static const kl_variant cut = {.family = "kda", .name = "cut", .device = KL_CUDA, .check = any, .workspace = cut_workspace, .forward = cut_forward};
 
 static const kl_placement bf16 = {.dtype = KL_BF16};
-
-static void build(kl_case *c, kl_kda_spec spec, const kl_placement *at)
-{
-    spec.seed = spec.seed ? spec.seed : 1;
-    assert_ok(kl_case_kda(c, &spec));
-    assert_ok(kl_case_place(c, at, NULL));
-}
 
 static void run(kl_case *c, int64_t tiles, int64_t span)
 {
@@ -123,7 +99,7 @@ static void check(kl_kda_spec spec, kl_placement at)
     kl_case c;
     at.dtype = KL_BF16;
     spec.state = true;
-    build(&c, spec, &at);
+    new_case(&c, spec, &at);
     check_at(&c);
 }
 
@@ -188,7 +164,7 @@ static void strong_gates_start_from_zero(void **state)
     int parts, starts;
     float *whole = malloc(HV * K * K * sizeof *whole);
     assert_non_null(whole);
-    build(&c, (kl_kda_spec){.T = T, .H = 1, .HV = HV, .K = K, .regime = KL_REGIME_STRONG, .state = true}, &bf16);
+    new_case(&c, (kl_kda_spec){.T = T, .H = 1, .HV = HV, .K = K, .regime = KL_REGIME_STRONG, .state = true}, &bf16);
     assert_ok(kl_case_upload(ctx, &c));
     run(&c, 100, 0);
     assert_ok(kl_case_keep(&c, KL_FORWARD));
@@ -229,7 +205,7 @@ static void what_may_be_remembered_is_carried(void **state)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         kl_case c;
         int parts;
-        build(&c, (kl_kda_spec){.T = 130, .H = 1, .K = 64, .V = 16, .regime = cases[i].regime, .state = true}, &bf16);
+        new_case(&c, (kl_kda_spec){.T = 130, .H = 1, .K = 64, .V = 16, .regime = cases[i].regime, .state = true}, &bf16);
         set(&c, cases[i].change);
         assert_ok(kl_case_upload(ctx, &c));
         assert_ok(kl_case_run(ctx, &c, &kl_reference_kda, KL_FORWARD, &scratch));
@@ -253,7 +229,7 @@ static void a_later_token_never_changes_an_earlier_output(void **state)
         kl_regime r = (kl_regime)(KL_REGIME_STRONG + x / 2);
         kl_case c;
         float before[CUT * K];
-        build(&c, (kl_kda_spec){.T = T, .H = 1, .K = K, .regime = r, .state = true}, &bf16);
+        new_case(&c, (kl_kda_spec){.T = T, .H = 1, .K = K, .regime = r, .state = true}, &bf16);
         for (int changed = 0; changed < 2; changed++) {
             for (int64_t i = CUT * K; i < T * K && changed; i++)
                 ((float *)c.problem.kda.g)[i] = r == KL_REGIME_STRONG ? 0.0f : -40.0f;

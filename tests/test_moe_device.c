@@ -12,24 +12,7 @@
 #include <string.h>
 
 #include "common/gpu.h"
-#include "harness/reference_variants.h"
-#include "tests/device.h"
-#include "tests/expect.h"
-
-static kl_scratch scratch;
-
-static int open_device(void **state)
-{
-    (void)state;
-    return open_ctx();
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    kl_scratch_free(&scratch);
-    return close_ctx();
-}
+#include "tests/device_case.h"
 
 /* ---- running ---- */
 
