@@ -1,4 +1,5 @@
 /* The table of variants, the dispatch that picks from it, and what a problem costs. */
+#include <stdio.h>
 #include <string.h>
 
 #include "common/gpu.h"
@@ -151,35 +152,37 @@ static kl_status run_cuda_two_pass(kl_ctx *ctx, const void *problem, void *works
     return kda_cuda_two_pass_forward(ctx, problem, workspace, bytes);
 }
 
+/* What the forms that need Hopper ask before their kernels. */
+static kl_status enter_hopper(const kl_ctx *ctx, const void *problem, const char *form)
+{
+    char who[32];
+    snprintf(who, sizeof who, "kda: %s", form);
+    KL_TRY(kda_validate(ctx, problem));
+    KL_TRY(check_cuda_chunk_forward(problem, KL_FORWARD, form));
+    return kl_gpu_require_hopper(ctx, who);
+}
+
 static kl_status run_cuda_scan(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
-    KL_TRY(kda_validate(ctx, problem));
-    KL_TRY(check_cuda_scan(problem, KL_FORWARD));
-    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_scan"));
+    KL_TRY(enter_hopper(ctx, problem, "chunk_scan"));
     return kda_cuda_scan_forward(ctx, problem, workspace, bytes);
 }
 
 static kl_status run_cuda_follow(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
-    KL_TRY(kda_validate(ctx, problem));
-    KL_TRY(check_cuda_follow(problem, KL_FORWARD));
-    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_follow"));
+    KL_TRY(enter_hopper(ctx, problem, "chunk_follow"));
     return kda_cuda_follow_forward(ctx, problem, workspace, bytes);
 }
 
 static kl_status run_cuda_fused(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
-    KL_TRY(kda_validate(ctx, problem));
-    KL_TRY(check_cuda_fused(problem, KL_FORWARD));
-    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_fused"));
+    KL_TRY(enter_hopper(ctx, problem, "chunk_fused"));
     return kda_cuda_fused_forward(ctx, problem, workspace, bytes);
 }
 
 static kl_status run_cuda_persistent(kl_ctx *ctx, const void *problem, void *workspace, size_t bytes)
 {
-    KL_TRY(kda_validate(ctx, problem));
-    KL_TRY(check_cuda_persistent(problem, KL_FORWARD));
-    KL_TRY(kl_gpu_require_hopper(ctx, "kda: chunk_persistent"));
+    KL_TRY(enter_hopper(ctx, problem, "chunk_persistent"));
     return kda_cuda_persistent_forward(ctx, problem, workspace, bytes);
 }
 #endif

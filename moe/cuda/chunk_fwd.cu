@@ -108,14 +108,7 @@ kl_status moe_cuda_chunk_forward(kl_ctx *ctx, const void *problem, void *workspa
     buffers b = carve(&a, p);
     if (a.overflow)
         return kl_error(KL_EINVAL, "moe: workspace: expected %zu bytes, got %zu", forward_workspace(p), bytes);
-    for (int64_t t = 0; t < p->T; t += MOE_BLOCK_TOKENS) {
-        int64_t count = moe_block_of(p, t);
-        if (p->Is)
-            KL_TRY(shared_expert(ctx, p, b, t, count));
-        if (p->E)
-            KL_TRY(routed_experts(ctx, p, b, t, count));
-        else if (!p->Is)
-            KL_TRY(kl_gpu_fill(ctx, (uint16_t *)p->y + t * p->D, 0, (size_t)(count * p->D) * sizeof(uint16_t)));
-    }
-    return kl_ok();
+    return moe_each_block(
+        ctx, p, [&](int64_t t, int64_t count) { return shared_expert(ctx, p, b, t, count); },
+        [&](int64_t t, int64_t count) { return routed_experts(ctx, p, b, t, count); });
 }

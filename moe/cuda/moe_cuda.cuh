@@ -4,6 +4,7 @@
 
 #include "common/arena.h"
 #include "common/device.cuh"
+#include "common/gpu.h"
 #include "moe/moe.h"
 
 /* CHUNK: tokens that one word of bits speaks of. BLOCK_TOKENS: tokens that the workspace holds rows of. */
@@ -67,5 +68,21 @@ kl_status moe_device_route(const kl_ctx *ctx, const moe_problem *p, int64_t t, i
 kl_status moe_device_logits(const kl_ctx *ctx, const moe_problem *p, int64_t t, int64_t count, const moe_device_routes *r, int *cleared);
 /* Sorts what was routed, and cuts it. */
 kl_status moe_device_group(const kl_ctx *ctx, const moe_problem *p, int64_t count, const moe_device_routes *r, const moe_device_rows *rows, const moe_cut *cut);
+
+/* y, a block of tokens after another: shared(t, count) writes what a shared expert gives, routed(t, count) adds the others to it;
+ * 0 where there is neither. */
+template <class Shared, class Routed> kl_status moe_each_block(const kl_ctx *ctx, const moe_problem *p, Shared shared, Routed routed)
+{
+    for (int64_t t = 0; t < p->T; t += MOE_BLOCK_TOKENS) {
+        int64_t count = moe_block_of(p, t);
+        if (p->Is)
+            KL_TRY(shared(t, count));
+        if (p->E)
+            KL_TRY(routed(t, count));
+        else if (!p->Is)
+            KL_TRY(kl_gpu_fill(ctx, (uint16_t *)p->y + t * p->D, 0, (size_t)(count * p->D) * sizeof(uint16_t)));
+    }
+    return kl_ok();
+}
 
 #endif
