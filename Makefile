@@ -44,7 +44,7 @@ NVFLAGS := -std=c++17 -O3 -lineinfo -Xptxas -v -cudart static -I. -Xcompiler -fP
 # what needs Hopper in any case there is none. Like ARCH, for the devices of this machine; without any, for all.
 ifeq ($(CUDA)$(origin CUDA_ARCHS),1undefined)
 DEVICES    := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]*\.[0-9]*$$')
-CUDA_ARCHS := $(or $(if $(filter 9.0,$(DEVICES)),90a) $(if $(filter-out 9.0,$(DEVICES)),80),90a 80)
+CUDA_ARCHS := $(or $(strip $(if $(filter 9.0,$(DEVICES)),90a) $(if $(filter-out 9.0,$(DEVICES)),80)),90a 80)
 endif
 HOPPER     := -gencode arch=compute_90a$(,)code=sm_90a
 PLAIN      := $(foreach a,$(filter-out 90a,$(CUDA_ARCHS)),-gencode arch=compute_$a$(,)code=compute_$a)
