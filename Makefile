@@ -78,7 +78,7 @@ OBJ     := $(OWN_SRC:%.c=$(BUILD)/obj/%.o) $(patsubst %.c,$(SHARE)/obj/%.o,$(fil
 CU_TESTS := $(patsubst tests/%.cu,$(BUILD)/tests/%,$(wildcard tests/test_*.cu))
 TESTS   := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)) $(if $(CU_SRC),$(CU_TESTS))
 # Those that ask for a device; they run on an emulated one too.
-DEVICE_TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(shell grep -lE '"(common/gpu|tests/(device|mirror|around_support))\.h"' tests/test_*.c)) $(CU_TESTS)
+DEVICE_TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(shell grep -lE '"(common/gpu|tests/(device|device_case|mirror|around_support))\.h"' tests/test_*.c)) $(CU_TESTS)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 PUBLIC  := $(filter-out %internal.h common/emulate.h common/emulate_tensor.h,$(wildcard common/*.h kda/*.h mla/*.h moe/*.h harness/*.h))
 
